@@ -1,0 +1,152 @@
+"""The NumPy side's one way to be fast: stacks of heads shared among threads, blocks of positions read into reused buffers.
+
+A fast form never touches a whole (N, D) array at once. It reads a block of positions into a small buffer (casting float16 and bfloat16
+to float32, skipping what lies behind a sequence's length), works there with one BLAS thread, and writes the block's results.
+Any strides are fine, since everything is read through a copy that stays in the cache.
+"""
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+Stack = list[Any]
+Reader = Callable[[slice, np.ndarray], object]
+
+HEADS_PER_STACK = 4       # NumPy's cost per call is shared by that many heads, and their buffers still fit a 1 MB second-level cache
+FLOPS_WORTH_THREADS = 1 << 22
+
+
+def blocks(n: int, size: int, reverse: bool = False) -> list[slice]:
+    """Positions 0 … n-1 in consecutive slices of `size`; the last one may be shorter."""
+    rows = [slice(i, min(i + size, n)) for i in range(0, n, size)]
+    return rows[::-1] if reverse else rows
+
+
+def stacks(lead: tuple[int, ...], *arrays: np.ndarray | None) -> Iterator[Stack]:
+    """Cut arrays `(*lead, …)` into views `(h, …)` of at most HEADS_PER_STACK heads; None stays None. Nothing is copied."""
+    merged = _merge_leading(lead, arrays)
+    if merged is not None:
+        lead, arrays = (merged[0],), merged[1]
+    if not lead:
+        yield [None if x is None else x[None] for x in arrays]
+        return
+    for index in np.ndindex(lead[:-1]):
+        for heads in blocks(lead[-1], HEADS_PER_STACK):
+            yield [None if x is None else x[index][heads] for x in arrays]
+
+
+def _merge_leading(lead: tuple[int, ...], arrays: Sequence[np.ndarray | None]) -> tuple[int, list[np.ndarray | None]] | None:
+    """All leading axes as one where strides allow it, so that (B, 1, N, D) makes full stacks too."""
+    if len(lead) < 2:
+        return None
+    count = int(np.prod(lead))
+    try:
+        return count, [None if x is None else x.reshape(count, *x.shape[len(lead):], copy=False) for x in arrays]
+    except ValueError:
+        return None
+
+
+def split_groups(x: np.ndarray, heads: int, headed: bool) -> np.ndarray:
+    """`(..., groups·heads, N, D)` as a view `(..., heads, groups, N, D)`; a matrix (N, D) as (1, N, D): one group."""
+    if not headed:
+        return x[None]
+    return x.reshape(*x.shape[:-3], heads, x.shape[-3] // heads if heads else 1, *x.shape[-2:])
+
+
+def reader(x: np.ndarray, lengths: np.ndarray | None = None) -> Reader:
+    """Copies positions `rows` of x (h, …, N, D) into a buffer (h, …, rows, D). Behind a head's length the buffer gets zeros and
+    x is not even looked at, so that no garbage from padding can reach a result."""
+    shortest = None if lengths is None or not lengths.size else int(lengths.min())
+
+    def read(rows: slice, buffer: np.ndarray) -> None:
+        if shortest is None or rows.stop <= shortest:
+            np.copyto(buffer, x[..., rows, :])
+        else:
+            buffer[...] = 0
+            np.copyto(buffer, x[..., rows, :], where=real_rows(lengths, rows, buffer.ndim))
+
+    return read
+
+
+def real_rows(lengths: np.ndarray | None, rows: slice, ndim: int) -> Any:
+    """True where a position is not padding, shaped to broadcast against a block (h, …, rows, D) of `ndim` axes.
+
+    `lengths` is (h,), or (h, …) with all axes before the positions."""
+    if lengths is None:
+        return True
+    per_head = lengths.reshape(lengths.shape + (1,) * (ndim - lengths.ndim))
+    return np.arange(rows.start, rows.stop)[:, None] < per_head
+
+
+def over_heads(work: Callable[..., None], items: Sequence[Stack], flops: float) -> None:
+    """`work(*item)` for every item, on as many threads as BLAS would use, each with one BLAS thread. Small work runs at once, here."""
+    if flops < FLOPS_WORTH_THREADS:
+        for item in items:
+            work(*item)
+        return
+    with _one_blas_thread() as threads:
+        threads = min(threads, len(items))
+        if threads < 2:
+            for item in items:
+                work(*item)
+        else:
+            list(_pool(threads).map(lambda item: work(*item), items))   # list: a worker's exception is raised here
+
+
+_lock = threading.Lock()
+_guests = 0
+_limiter: Any = None
+_allowed = 1
+_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
+
+
+@contextmanager
+def _one_blas_thread() -> Iterator[int]:
+    """BLAS with one thread while inside; yields how many it had. Several callers at once share one limit: first in sets it, last out
+    restores what the first one found."""
+    global _guests, _limiter, _allowed
+    with _lock:
+        if _guests == 0:
+            controller = _controller()
+            blas = [lib.num_threads for lib in controller.lib_controllers if lib.user_api == "blas"]
+            _allowed = min(max(blas, default=1), _cores())
+            _limiter = controller.limit(limits=1, user_api="blas")
+        _guests += 1
+        threads = _allowed
+    try:
+        yield threads
+    finally:
+        with _lock:
+            _guests -= 1
+            if _guests == 0:
+                _limiter.restore_original_limits()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_found: Any = None
+
+
+def _controller() -> Any:
+    global _found
+    if _found is None:
+        from threadpoolctl import ThreadpoolController   # imported at the first large call: `import refattn` stays as cheap as NumPy
+        _found = ThreadpoolController()
+    return _found
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Kept between calls; one per process, since threads do not survive a fork."""
+    with _lock:
+        key = (os.getpid(), threads)
+        if key not in _pools:
+            _pools[key] = ThreadPoolExecutor(threads, thread_name_prefix="refattn")
+        return _pools[key]
