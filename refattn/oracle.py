@@ -1,0 +1,207 @@
+"""Definitions: each equation of the paper as it is printed, slow and obviously right.
+
+Nothing here shares code with what it judges. float16, bfloat16, float32 and float64 arrays are computed in float64; complex (for the
+complex step), longdouble and object arrays (`fractions.Fraction`: exact on rationals) stay what they are. Heads, groups and lengths are
+handled here, once, by looping over heads; the equations below are then those of one head: `q (N, D)`, `k (L, D)`, `v (L, M)`.
+
+Equation numbers are those of "Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention" (2020).
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+Matrix = Any
+Phi = Callable[[np.ndarray], np.ndarray]
+
+
+# --- the equations, for one head -------------------------------------------------------------------------------------------------
+
+def eq2(q: Matrix, k: Matrix, v: Matrix, scale: Any, causal: bool) -> Matrix:
+    """V'_i = Σ_j exp(s·q_iᵀk_j) v_j / Σ_j exp(s·q_iᵀk_j); j ≤ i if causal. (eq. 2, with eq. 3's exponential similarity)"""
+    out = np.zeros((len(q), v.shape[-1]), v.dtype)
+    for i in range(len(q)):
+        last = i + 1 if causal else len(k)
+        scores = scale * (k[:last] @ q[i])
+        if len(scores):
+            weights = np.exp(scores - scores.real.max())
+            out[i] = weights @ v[:last] / weights.sum()
+    return out
+
+
+def eq4(phi_q: Matrix, phi_k: Matrix, v: Matrix, eps: Any, causal: bool) -> Matrix:
+    """V'_i = Σ_j φ(q_i)ᵀφ(k_j) v_j / (Σ_j φ(q_i)ᵀφ(k_j) + ε); j ≤ i if causal. (eq. 4; causal: eq. 8)
+
+    ε is the library's one addition; the paper has ε = 0. A row whose denominator is 0 has no keys to look at: it is 0.
+    """
+    out = np.zeros((len(phi_q), v.shape[-1]), v.dtype)
+    for i in range(len(phi_q)):
+        last = i + 1 if causal else len(phi_k)
+        similarity = phi_k[:last] @ phi_q[i]
+        out[i] = _quotient(similarity @ v[:last], similarity.sum() + eps)
+    return out
+
+
+def eq5(phi_q: Matrix, phi_k: Matrix, v: Matrix, eps: Any) -> Matrix:
+    """V'_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / (φ(q_i)ᵀ Σ_j φ(k_j) + ε). (eq. 5, eq. 6: the same as eq. 4, summed in the other order)"""
+    S, z = phi_k.T @ v, phi_k.sum(0)
+    out = np.zeros((len(phi_q), v.shape[-1]), v.dtype)
+    for i in range(len(phi_q)):
+        out[i] = _quotient(phi_q[i] @ S, phi_q[i] @ z + eps)
+    return out
+
+
+def eq7(x: Matrix) -> Matrix:
+    """φ(x) = elu(x) + 1: x + 1 above 0, eˣ below. (eq. 7)"""
+    return np.where(x.real > 0, x + 1, np.exp(np.where(x.real > 0, 0, x)))
+
+
+def eq9(q: Matrix, k: Matrix, v: Matrix, S0: Matrix) -> Matrix:
+    """V̄_i = S_0ᵀ q_i + Σ_{j≤i} (q_iᵀk_j) v_j: the numerator of eq. 9, with a past S_0 that the paper sets to 0."""
+    out = np.zeros((len(q), v.shape[-1]), v.dtype)
+    for i in range(len(q)):
+        out[i] = q[i] @ S0
+        for j in range(i + 1):
+            out[i] += (q[i] @ k[j]) * v[j]
+    return out
+
+
+def eq10(k: Matrix, v: Matrix, S0: Matrix) -> Matrix:
+    """S_N = S_0 + Σ_j k_j v_jᵀ. (eq. 10; eq. 11 is the same with v_j = 1)"""
+    S = S0.copy()
+    for j in range(len(k)):
+        S = S + np.outer(k[j], v[j])
+    return S
+
+
+def eq12(phi_q: Matrix, phi_k: Matrix, v: Matrix, S: Matrix, z: Matrix, eps: Any) -> tuple[Matrix, Matrix, Matrix]:
+    """V'_i = φ(q_i)ᵀ S_i / (φ(q_i)ᵀ z_i + ε), S_i = S_{i-1} + φ(k_i) v_iᵀ, z_i = z_{i-1} + φ(k_i). (eq. 10-12; as an RNN eq. 16-20)
+
+    Returns (V', S_N, z_N)."""
+    out = np.zeros((len(phi_q), v.shape[-1]), v.dtype)
+    for i in range(len(phi_q)):
+        S = S + np.outer(phi_k[i], v[i])
+        z = z + phi_k[i]
+        out[i] = _quotient(phi_q[i] @ S, phi_q[i] @ z + eps)
+    return out, S, z
+
+
+def eq13(k: Matrix, v: Matrix, G: Matrix, S0: Matrix) -> Matrix:
+    """∂L/∂q_i = (S_0 + Σ_{j≤i} k_j v_jᵀ) G_i. (eq. 13)"""
+    return np.stack([(S0 + k[: i + 1].T @ v[: i + 1]) @ G[i] for i in range(len(k))]) if len(k) else np.zeros_like(k)
+
+
+def eq14(q: Matrix, v: Matrix, G: Matrix, dS: Matrix) -> Matrix:
+    """∂L/∂k_i = (dS_N + Σ_{j≥i} q_j G_jᵀ) v_i. (eq. 14, with the final state's cotangent)"""
+    return np.stack([(dS + q[i:].T @ G[i:]) @ v[i] for i in range(len(q))]) if len(q) else np.zeros_like(q)
+
+
+def eq15(q: Matrix, k: Matrix, G: Matrix, dS: Matrix) -> Matrix:
+    """∂L/∂v_i = (dS_N + Σ_{j≥i} q_j G_jᵀ)ᵀ k_i. (eq. 15, with the final state's cotangent)"""
+    return np.stack([(dS + q[i:].T @ G[i:]).T @ k[i] for i in range(len(q))]) if len(q) else np.zeros_like(G)
+
+
+# --- the same for whole arrays (..., H, N, D): the signatures of the public functions ----------------------------------------------
+
+def softmax_attention(q: Any, k: Any, v: Any, *, causal: bool = False, scale: Any = None, query_lengths: Any = None,
+                      key_lengths: Any = None) -> np.ndarray:
+    """Softmax attention by eq. 2, in float64; see `refattn.softmax_attention`."""
+    q, k, v = _wide(q), _wide(k), _wide(v)
+    s = 1 / np.sqrt(max(q.shape[-1], 1)) if scale is None else scale
+    out = np.zeros((*q.shape[:-1], v.shape[-1]), np.result_type(q, k, v))
+    for at, Q, K, V in _heads(q, k, v, query_lengths, key_lengths):
+        out[at][: len(Q)] = eq2(Q, K, V.astype(out.dtype), s, causal)
+    return out
+
+
+def linear_attention(q: Any, k: Any, v: Any, *, phi: Phi = eq7, causal: bool = False, eps: Any = 1e-6, query_lengths: Any = None,
+                     key_lengths: Any = None) -> np.ndarray:
+    """Linear attention by eq. 4, in float64 and quadratic time; see `refattn.linear_attention`. `phi` is a function of an array."""
+    q, k, v = _wide(q), _wide(k), _wide(v)
+    dtype = np.result_type(q, k, v)
+    out = np.zeros((*q.shape[:-1], v.shape[-1]), dtype)
+    for at, Q, K, V in _heads(q, k, v, query_lengths, key_lengths):
+        # a causal query may stand behind the last real key: it sees all real keys
+        K, V = (np.concatenate([K, np.zeros((max(len(Q) - len(K), 0), K.shape[-1]), K.dtype)]),
+                np.concatenate([V, np.zeros((max(len(Q) - len(V), 0), V.shape[-1]), V.dtype)])) if causal else (K, V)
+        phi_k = phi(K)
+        phi_k[_length(key_lengths, at, q, k):] = 0
+        out[at][: len(Q)] = eq4(phi(Q), phi_k, V.astype(dtype), eps, causal)
+    return out
+
+
+def causal_linear_attention(q: Any, k: Any, v: Any, state: Any = None, *, phi: Phi = eq7, eps: Any = 1e-6) -> tuple[Any, tuple[Any, Any]]:
+    """Causal linear attention as the recurrence of eq. 10-12, in float64; returns (out, (S, z)); see
+    `refattn.causal_linear_attention`."""
+    q, k, v = _wide(q), _wide(k), _wide(v)
+    dtype = np.result_type(q, k, v, *(() if state is None else (_wide(state[0]), _wide(state[1]))))
+    F = phi(q[..., :0, :]).shape[-1]
+    S = np.zeros((*k.shape[:-2], F, v.shape[-1]), dtype) if state is None else _wide(state[0]).astype(dtype)
+    z = np.zeros((*k.shape[:-2], F), dtype) if state is None else _wide(state[1]).astype(dtype)
+    out, S_end, z_end = np.zeros((*q.shape[:-1], v.shape[-1]), dtype), S.copy(), z.copy()
+    for at, Q, K, V in _heads(q, k, v):
+        kv = _kv(at, q, k)
+        out[at], S_end[kv], z_end[kv] = eq12(phi(Q), phi(K), V.astype(dtype), S[kv], z[kv], eps)
+    return out, (S_end, z_end)
+
+
+def recurrence(q: Any, k: Any, v: Any, state: Any = None, *, scale: Any = 1) -> tuple[Any, Any]:
+    """Rule `linear`: S_t = S_{t-1} + k_t v_tᵀ, o_t = scale·S_tᵀ q_t by eq. 9 and eq. 10; returns (out, state)."""
+    q, k, v = _wide(q), _wide(k), _wide(v)
+    dtype = np.result_type(q, k, v, *(() if state is None else (_wide(state),)))
+    S = np.zeros((*k.shape[:-2], k.shape[-1], v.shape[-1]), dtype) if state is None else _wide(state).astype(dtype)
+    out, S_end = np.zeros((*q.shape[:-1], v.shape[-1]), dtype), S.copy()
+    for at, Q, K, V in _heads(q, k, v):
+        out[at] = scale * eq9(Q, K, V.astype(dtype), S[_kv(at, q, k)])
+    for at in np.ndindex(k.shape[:-2]):
+        S_end[at] = eq10(k[at], v[at], S[at])
+    return out, S_end
+
+
+def recurrence_gradients(q: Any, k: Any, v: Any, state: Any, dout: Any, dstate: Any) -> tuple[Any, Any, Any, Any]:
+    """Rule `linear` with scale 1: (dq, dk, dv, dstate0) by eq. 13-15 as printed; state and dstate are arrays."""
+    q, k, v, S, G, dS = (_wide(x) for x in (q, k, v, state, dout, dstate))
+    dq, dk, dv, dS0 = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v), dS.copy()
+    for at in np.ndindex(q.shape[:-2]):
+        kv = _kv(at, q, k)
+        first = not q.shape[:-2] or at[-1] % (q.shape[-3] // k.shape[-3]) == 0
+        R = dS[kv] if first else np.zeros_like(dS[kv])             # every query head of a group adds to dk, dv; dS_N counts once
+        dq[at] = eq13(k[kv], v[kv], G[at], S[kv])
+        dk[kv] += eq14(q[at], v[kv], G[at], R)
+        dv[kv] += eq15(q[at], k[kv], G[at], R)
+        dS0[kv] += q[at].T @ G[at]
+    return dq, dk, dv, dS0
+
+
+# --- small things ------------------------------------------------------------------------------------------------------------------
+
+def _wide(x: Any) -> np.ndarray:
+    x = np.asarray(x)
+    return x if x.dtype.kind in "cO" or x.dtype == np.longdouble else x.astype(np.float64)
+
+
+def _quotient(numerator: Any, denominator: Any) -> Any:
+    return numerator / denominator if denominator != 0 else 0 * numerator
+
+
+def _kv(at: tuple[int, ...], q: Any, k: Any) -> tuple[int, ...]:
+    """The key/value head that query head `at` reads."""
+    return (*at[:-1], at[-1] // (q.shape[-3] // k.shape[-3])) if at else at
+
+
+def _length(lengths: Any, at: tuple[int, ...], q: Any, k: Any) -> int:
+    """The length that holds for head `at`; lengths may name the first leading axes only."""
+    if lengths is None:
+        return int(k.shape[-2])
+    lengths = np.asarray(lengths)
+    return int(lengths[_kv(at, q, k)[: lengths.ndim]])
+
+
+def _heads(q: Any, k: Any, v: Any, query_lengths: Any = None, key_lengths: Any = None) -> Iterator[tuple[Any, Any, Any, Any]]:
+    """For each query head: its index, and its q, k, v without their padding."""
+    for at in np.ndindex(q.shape[:-2]):
+        kv, lengths = _kv(at, q, k), np.asarray(q.shape[-2] if query_lengths is None else query_lengths)
+        n, m = int(lengths[at[: lengths.ndim]]), _length(key_lengths, at, q, k)
+        yield at, q[at][:n], k[kv][:m], v[kv][:m]
