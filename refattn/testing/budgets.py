@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53, "longdouble": float(np.finfo(np.longdouble).eps) / 2}
+_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53,
+             np.dtype(np.longdouble).name: float(np.finfo(np.longdouble).eps) / 2}
 _SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-149, "float64": 2.0**-1074}
 
 

