@@ -1,0 +1,61 @@
+# make demo    the main job on real input: train a small linear transformer on handwritten digits, draw and complete digits
+# make test    lint, then every test and doctest, warnings as errors, on all cores
+# make lint    ruff and mypy alone
+# make bench   speed and memory of each form
+# make clean   remove what the above made, the environments too
+#
+# Needs python3 (3.10 or later) with venv, and make; each target first makes its own environment in .venv, once per change of setup.cfg.
+# PYTHON=python3.12 make test     another interpreter, in an environment of its own
+# ARGS="--smoke" make demo        more arguments for the command, or for pytest
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(subst /,-,$(PYTHON)))
+RUN := $(VENV)/bin/python
+
+# ruff reads no setup.cfg; these few options are all of its configuration.
+# E731: a short lambda with a name is fine. E741: l and O are names of the field. B905: axes are checked before they are zipped.
+RUFF := ruff check --isolated --quiet --line-length 140 --target-version py310 \
+        --select E,W,F,B,UP,NPY --ignore E731,E741,B905
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/demo.stamp
+	@$(RUN) -m refattn demo $(ARGS)
+
+bench: $(VENV)/demo.stamp
+	@$(RUN) -m refattn bench $(ARGS)
+
+test: lint
+	@$(RUN) -W error -m pytest -q -n auto --dist worksteal $(ARGS)
+
+lint: $(VENV)/test.stamp
+	@$(RUN) -m $(RUFF) refattn tests examples
+	@$(RUN) -m mypy
+	@echo "lint: ruff and mypy found nothing"
+
+clean:
+	rm -rf .venv .venv-* build dist out *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache .coverage
+	find refattn tests examples -name __pycache__ -prune -exec rm -rf {} +
+
+# test.stamp waits for demo.stamp, so that under make -j no two pips write into one environment.
+$(VENV)/test.stamp: $(VENV)/demo.stamp
+	@echo "$(VENV): installing the test tools"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+$(VENV)/demo.stamp: $(VENV)/pyvenv.cfg setup.cfg
+	@echo "$(VENV): installing refattn and what the demo needs"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	@touch $@
+
+$(VENV)/pyvenv.cfg:
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "$(PYTHON) is not installed; name another interpreter, for example: PYTHON=python3.12 make test" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "refattn needs Python 3.10 or later, $(PYTHON) is $$($(PYTHON) --version 2>&1)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "$(VENV): a new environment with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)

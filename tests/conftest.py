@@ -1,0 +1,40 @@
+"""Hypothesis profiles and the fixtures that every test file may use.
+
+HYPOTHESIS_PROFILE=daily      25 new examples for each law; what `make test` runs at a desk
+HYPOTHESIS_PROFILE=ci         50 examples, always the same ones; chosen by itself where CI is set
+HYPOTHESIS_PROFILE=thorough   500 new examples, for a law that was just written or is in doubt
+"""
+from __future__ import annotations
+
+import os
+import platform
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+SEED = 2020
+
+# On a machine that others use too, how long one example takes says nothing about the code: no deadline, no complaint about slowness.
+_ALWAYS = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
+
+settings.register_profile("daily", max_examples=25, **_ALWAYS)
+settings.register_profile("ci", max_examples=50, derandomize=True, database=None, **_ALWAYS)
+settings.register_profile("thorough", max_examples=500, **_ALWAYS)
+
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI", "").lower() not in ("", "0", "false") else "daily")
+settings.load_profile(PROFILE)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    chosen = settings.get_profile(PROFILE)
+    drawn = "the same every time (each law's seed is its own source)" if chosen.derandomize else "new every time, failures kept and replayed"
+    return (f"hypothesis profile {PROFILE}: {chosen.max_examples} examples, {drawn}; rng fixture: seed {SEED}; "
+            f"numpy {np.__version__}, hypothesis {hypothesis.__version__}, {platform.machine()}")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Random numbers that are the same in every run and for every test. Inside @given draw from Hypothesis instead."""
+    return np.random.default_rng(SEED)
