@@ -28,7 +28,7 @@ bench: $(VENV)/demo.stamp
 	@$(RUN) -m refattn bench $(ARGS)
 
 test: lint
-	@$(RUN) -W error -m pytest -q -n auto --dist worksteal $(ARGS)
+	@$(RUN) -W error -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/test.stamp
 	@$(RUN) -m $(RUFF) refattn tests examples

@@ -29,7 +29,7 @@ settings.load_profile(PROFILE)
 
 def pytest_report_header(config: pytest.Config) -> str:
     chosen = settings.get_profile(PROFILE)
-    drawn = "the same every time (each law's seed is its own source)" if chosen.derandomize else "new every time, failures kept and replayed"
+    drawn = "the same every time, each law seeded by its source" if chosen.derandomize else "new every time, failures replayed first"
     return (f"hypothesis profile {PROFILE}: {chosen.max_examples} examples, {drawn}; rng fixture: seed {SEED}; "
             f"numpy {np.__version__}, hypothesis {hypothesis.__version__}, {platform.machine()}")
 
