@@ -1,0 +1,787 @@
+"""The layers around attention: each forward with its transpose below it, so that a whole model is a list of calls and that list reversed.
+
+    affine        y = x W + b
+    layer norm    y = x̂ ∘ w + b,   x̂ = (x - mean x) / √(var x + eps)
+    embedding     y_i = W[token_i]
+    positions     y_i = x_i + P[i]
+    gelu, relu    y = f(x), elementwise
+    feed-forward  y = f(x W_in + b_in) W_out + b_out
+    attention     y = merge(attend(split(x W_q), split(x W_k), split(x W_v))) W_out + b_out        (eq. 2-12 of the paper, per head)
+
+Axes   ... any leading axes (batch) · N positions · E model width · F inner width · H heads · D = E/H features of a head · V vocabulary
+
+Layers of few parameters take them as arrays. Layers made of layers take `params`, a flat dict of arrays, and the `name` in front of their
+own keys: `feed_forward_forward(params, "blocks.0.feed_forward", x)` reads `params["blocks.0.feed_forward.in.weight"]`. Their backward returns
+the gradients as such a dict. Weights are (in, out): `x @ weight`. float16 and bfloat16 are accumulated in float32 inside each layer.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ._array import Array, accumulator, check_dtypes, check_lengths, check_number, check_positive, check_shape, dtype_name, namespace
+from ._blocks import blocks, over_heads
+from .attention import causal_linear_attention, causal_linear_attention_step, linear_attention_vjp
+from .softmax import softmax_attention_vjp, softmax_prefill, softmax_step
+
+Params = Mapping[str, Array]
+Grads = dict[str, Array]
+Residuals = tuple[Any, ...]
+
+_PIECE = 1 << 14       # elements of an elementwise pass: a few temporaries of that many still fit the second-level cache
+_GELU_A = 0.044715
+_GELU_C = math.sqrt(2 / math.pi)
+
+
+# --- affine ------------------------------------------------------------------------------------------------------------------------------
+
+def affine_forward(x: Array, weight: Array, bias: Array) -> tuple[Array, Residuals]:
+    """y = x W + b, all leading axes in one matrix product.
+
+    Parameters
+    ----------
+    x : (..., E)
+    weight : (E, F)
+    bias : (F,)
+
+    Returns
+    -------
+    out : (..., F)
+    residuals : tuple
+        For `affine_backward`. Holds x and the weight, copies nothing that is contiguous.
+
+    Raises
+    ------
+    TypeError
+        Mixed dtypes, or a dtype that is not float16, bfloat16, float32 or float64.
+    ValueError
+        `weight: expected (E, F) = (8, *), got (4, 3): its rows are the features of x`, and the like for the bias.
+
+    Notes
+    -----
+    2·E·F flops per position. Accumulates in x's dtype, in float32 for float16 and bfloat16, and rounds once to x's dtype.
+
+    Examples
+    --------
+    >>> out, residuals = affine_forward(np.ones((2, 3)), np.ones((3, 1)), np.array([0.5]))
+    >>> out[:, 0].tolist()
+    [3.5, 3.5]
+    """
+    namespace(x=x, weight=weight, bias=bias)
+    check_dtypes(x=x, weight=weight, bias=bias)
+    _check_features("x", x)
+    if weight.ndim != 2 or weight.shape[0] != x.shape[-1]:
+        raise ValueError(f"weight: expected (E, F) = ({x.shape[-1]}, *), got {tuple(weight.shape)}: its rows are the features of x")
+    check_shape("bias", bias, "(F,)", (weight.shape[1],), "one for each column of the weight")
+    out = _rows(_wide(x)) @ _wide(weight)
+    out += _wide(bias)
+    return _narrow(out, x).reshape(*x.shape[:-1], weight.shape[1]), (x, weight)
+
+
+def affine_backward(dout: Array, residuals: Residuals) -> tuple[Array, Array, Array]:
+    """Transpose of `affine_forward`, y = x W + b.
+
+        dx = dy Wᵀ        dW = xᵀ dy        db = Σ dy        sums over all leading axes
+
+    Parameters
+    ----------
+    dout : (..., F)
+        Cotangent of `out`.
+
+    Returns
+    -------
+    dx : (..., E);  dweight : (E, F);  dbias : (F,)
+    """
+    x, weight = residuals
+    check_dout(dout, (*x.shape[:-1], weight.shape[1]), x)
+    d = _rows(_wide(dout))
+    dx = d @ _wide(weight).T
+    dweight = _rows(_wide(x)).T @ d
+    return _narrow(dx, x).reshape(x.shape), _narrow(dweight, x), _narrow(d.sum(0), x)
+
+
+# --- layer norm --------------------------------------------------------------------------------------------------------------------------
+
+def layer_norm_forward(x: Array, weight: Array, bias: Array, *, eps: float = 1e-5) -> tuple[Array, Residuals]:
+    """Normalise the features of each position (Ba, Kiros and Hinton, 2016).
+
+        y = x̂ ∘ w + b        x̂ = (x - μ) r        μ = mean x        r = 1/√(mean (x - μ)² + eps)
+
+    Parameters
+    ----------
+    x : (..., E)
+    weight, bias : (E,)
+    eps : float
+        Added to the variance; ≥ 0. With 0 a constant row divides by zero.
+
+    Returns
+    -------
+    out : (..., E)
+    residuals : tuple
+        For `layer_norm_backward`: x̂ and r.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Mixed dtypes; `weight: expected (E,) = (8,), got (4,): one for each feature of x`.
+
+    Notes
+    -----
+    About eight passes over x; one array of x's size is kept. The variance is of the centred values (two passes): no cancellation.
+
+    Examples
+    --------
+    >>> out, residuals = layer_norm_forward(np.array([[1.0, 3.0]]), np.ones(2), np.zeros(2), eps=0)
+    >>> out.tolist()
+    [[-1.0, 1.0]]
+    """
+    xp = namespace(x=x, weight=weight, bias=bias)
+    check_dtypes(x=x, weight=weight, bias=bias)
+    _check_features("x", x)
+    check_shape("weight", weight, "(E,)", x.shape[-1:], "one for each feature of x")
+    check_shape("bias", bias, "(E,)", x.shape[-1:], "one for each feature of x")
+    eps = check_number("eps", eps, least=0)
+    normal = _wide(x)
+    normal = normal - _row_mean(xp, normal)
+    rate = _row_mean(xp, xp.square(normal))
+    rate += eps
+    rate = 1 / xp.sqrt(rate)
+    normal *= rate
+    out = normal * _wide(weight)
+    out += _wide(bias)
+    return _narrow(out, x), (normal, rate, weight)
+
+
+def layer_norm_backward(dout: Array, residuals: Residuals) -> tuple[Array, Array, Array]:
+    """Transpose of `layer_norm_forward`, y = x̂ ∘ w + b, x̂ = (x - μ) r.
+
+        dw = Σ dy ∘ x̂        db = Σ dy        over all leading axes
+        dx̂ = dy ∘ w
+        dx = r (dx̂ - mean dx̂ - x̂ mean(dx̂ ∘ x̂))
+
+    The last line: the Jacobian of x ↦ x̂ is r (I - 1 1ᵀ/E - x̂ x̂ᵀ/E), which is symmetric. It stays so with eps, since
+    ∂r/∂x = -r² x̂/E whatever eps is.
+
+    Parameters
+    ----------
+    dout : (..., E)
+
+    Returns
+    -------
+    dx : (..., E);  dweight, dbias : (E,)
+    """
+    normal, rate, weight = residuals
+    check_dout(dout, normal.shape, weight)
+    xp = namespace(dout=dout)
+    d = _wide(dout)
+    product = d * normal
+    dweight, dbias = _rows(product).sum(0), _rows(d).sum(0)
+    dx = d * _wide(weight)
+    inner = _row_mean(xp, xp.multiply(dx, normal, out=product))
+    dx -= _row_mean(xp, dx)
+    dx -= xp.multiply(normal, inner, out=product)
+    dx *= rate
+    return _narrow(dx, dout), _narrow(dweight, dout), _narrow(dbias, dout)
+
+
+# --- embedding and positions -------------------------------------------------------------------------------------------------------------
+
+def embedding_forward(tokens: Array, weight: Array) -> tuple[Array, Residuals]:
+    """y_i = W[token_i].
+
+    Parameters
+    ----------
+    tokens : (...) integers, 0 ≤ token < V
+    weight : (V, E)
+
+    Returns
+    -------
+    out : (..., E)
+    residuals : tuple
+        For `embedding_backward`.
+
+    Raises
+    ------
+    TypeError
+        `tokens: expected integers, got float64`.
+    ValueError
+        `tokens: expected 0 ≤ token < V = 10, got values from -1 to 3`. A negative token does not count from the end.
+
+    Examples
+    --------
+    >>> embedding_forward(np.array([1, 1]), np.array([[1.0], [2.0]]))[0].tolist()
+    [[2.0], [2.0]]
+    """
+    xp = namespace(tokens=tokens, weight=weight)
+    check_dtypes(weight=weight)
+    if weight.ndim != 2:
+        raise ValueError(f"weight: expected (V, E), got {tuple(weight.shape)}")
+    check_indices("tokens", tokens, weight.shape[0], "token", "V")
+    return xp.take(weight, tokens, axis=0), (tokens, weight)
+
+
+def embedding_backward(dout: Array, residuals: Residuals) -> Array:
+    """Transpose of `embedding_forward`: dW[t] = Σ_{i: token_i = t} dy_i. Tokens are integers and have no cotangent.
+
+    Sorted by token, so that the sums are sums of neighbours: several times faster than `np.add.at`.
+
+    Parameters
+    ----------
+    dout : (..., E)
+
+    Returns
+    -------
+    dweight : (V, E)
+    """
+    tokens, weight = residuals
+    check_dout(dout, (*tokens.shape, weight.shape[1]), weight)
+    xp = namespace(dout=dout)
+    dweight = xp.zeros(weight.shape, accumulator(weight.dtype))
+    flat = tokens.reshape(-1)
+    if flat.shape[0]:
+        order = xp.argsort(flat, kind="stable")
+        flat = flat[order]
+        first = xp.flatnonzero(xp.concatenate([xp.ones(1, bool), flat[1:] != flat[:-1]]))
+        dweight[flat[first]] = xp.add.reduceat(_rows(_wide(dout))[order], first, axis=0)
+    return _narrow(dweight, weight)
+
+
+def positions_forward(x: Array, weight: Array, *, start: int = 0) -> tuple[Array, Residuals]:
+    """Add learned positions: y_i = x_i + P[start + i].
+
+    Parameters
+    ----------
+    x : (..., N, E)
+    weight : (length, E)
+        P, one row for each position there can be.
+    start : int
+        Position of x's first row: what a decoder has already seen.
+
+    Returns
+    -------
+    out : (..., N, E)
+    residuals : tuple
+        For `positions_backward`.
+
+    Raises
+    ------
+    ValueError
+        `x: expected at most length = 64 positions, got positions up to 65: …`
+
+    Examples
+    --------
+    >>> positions_forward(np.zeros((2, 1)), np.array([[1.0], [2.0], [3.0]]), start=1)[0].tolist()
+    [[2.0], [3.0]]
+    """
+    namespace(x=x, weight=weight)
+    check_dtypes(x=x, weight=weight)
+    if x.ndim < 2:
+        raise ValueError(f"x: expected (..., N, E), got {tuple(x.shape)}")
+    if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight: expected (length, E) = (*, {x.shape[-1]}), got {tuple(weight.shape)}: one row for each position")
+    if start < 0 or start + x.shape[-2] > weight.shape[0]:
+        raise ValueError(f"x: expected at most length = {weight.shape[0]} positions, got positions up to {start + x.shape[-2]}: "
+                         "shorten the sequence or initialise a model of greater length")
+    rows = slice(start, start + x.shape[-2])
+    return _narrow(_wide(x) + _wide(weight[rows]), x), (rows, weight)
+
+
+def positions_backward(dout: Array, residuals: Residuals) -> tuple[Array, Array]:
+    """Transpose of `positions_forward`, y_i = x_i + P[start + i]: dx = dy, dP[start + i] = Σ dy_i over the leading axes.
+
+    Parameters
+    ----------
+    dout : (..., N, E)
+
+    Returns
+    -------
+    dx : (..., N, E);  dweight : (length, E)
+    """
+    rows, weight = residuals
+    check_dout(dout, (*dout.shape[:-2], rows.stop - rows.start, weight.shape[1]), weight)
+    dweight = namespace(dout=dout).zeros(weight.shape, accumulator(weight.dtype))
+    dweight[rows] = _wide(dout).sum(tuple(range(dout.ndim - 2)))
+    return dout.copy(), _narrow(dweight, weight)
+
+
+def sinusoidal_positions(n: int, width: int, dtype: Any = np.float32, *, start: int = 0) -> np.ndarray:
+    """Positions that need no parameters (Vaswani et al., 2017, §3.5).
+
+        P[p, 2i] = sin(p / 10000^(2i/E))        P[p, 2i + 1] = cos(p / 10000^(2i/E))        p = start … start + n - 1
+
+    Parameters
+    ----------
+    n, width : int
+        Positions and features E; an odd E drops the last cosine.
+    dtype
+        Computed in float64, rounded once.
+
+    Returns
+    -------
+    positions : (n, width)
+
+    Examples
+    --------
+    >>> sinusoidal_positions(1, 4, np.float64).tolist()
+    [[0.0, 1.0, 0.0, 1.0]]
+    """
+    angle = np.arange(start, start + n)[:, None] / 10000.0 ** (np.arange(0, width, 2) / max(width, 1))
+    return np.stack([np.sin(angle), np.cos(angle)], -1).reshape(n, angle.shape[1] * 2)[:, :width].astype(dtype)
+
+
+# --- gelu and relu -----------------------------------------------------------------------------------------------------------------------
+
+def gelu_forward(x: Array) -> tuple[Array, Residuals]:
+    """The Gaussian error linear unit in its tanh form (Hendrycks and Gimpel, 2016, §2), which NumPy can compute without an erf.
+
+        y = ½ x (1 + t)        t = tanh(c (x + a x³))        c = √(2/π), a = 0.044715
+
+    It differs from x Φ(x) by less than 5e-4. The derivative is the exact one of this form, not that of x Φ(x).
+
+    Parameters
+    ----------
+    x : (...)
+
+    Returns
+    -------
+    out : (...)
+    residuals : tuple
+        For `gelu_backward`: the slope dy/dx, made in the same pass, while x is in the cache.
+
+    Notes
+    -----
+    In pieces that stay in the cache, shared among threads. Where a square would overflow, tanh has long been ±1 and y is x or 0.
+
+    Examples
+    --------
+    >>> gelu_forward(np.array([-30.0, 0.0, 30.0]))[0].tolist()
+    [-0.0, 0.0, 30.0]
+    """
+    xp = namespace(x=x)
+    check_dtypes(x=x)
+    wide = _wide(x).reshape(-1)
+    out, slope = xp.empty_like(wide), xp.empty_like(wide)
+
+    def piece(x: Array, y: Array, slope: Array) -> None:
+        bounded = xp.clip(x, -100, 100)             # tanh is ±1 from 10 on; the squares below then stay finite in every dtype
+        square = bounded * bounded
+        t = square * (_GELU_C * _GELU_A)            # t = tanh(x (c + c a x²))
+        t += _GELU_C
+        t *= bounded
+        xp.tanh(t, out=t)
+        half = xp.add(t, 1, out=y)                  # ½ (1 + t)
+        half *= 0.5
+        square *= 3 * _GELU_C * _GELU_A             # dy/dx = ½ (1 + t) + ½ (1 + t) x (1 - t) (c + 3 c a x²)
+        square += _GELU_C
+        square *= bounded
+        xp.subtract(1, t, out=t)
+        square *= t
+        square += 1
+        xp.multiply(square, half, out=slope)
+        y *= x
+
+    _elementwise(xp, piece, wide, out, slope)
+    return _narrow(out, x).reshape(x.shape), (_narrow(slope, x).reshape(x.shape),)
+
+
+def gelu_backward(dout: Array, residuals: Residuals) -> Array:
+    """Transpose of `gelu_forward`, y = ½ x (1 + t): dx = dy · slope.
+
+        slope = ½ (1 + t) + ½ x (1 - t²) c (1 + 3 a x²)        since t' = (1 - t²) c (1 + 3 a x²)
+
+    Parameters
+    ----------
+    dout : (...)
+
+    Returns
+    -------
+    dx : (...)
+    """
+    slope, = residuals
+    check_dout(dout, slope.shape, slope)
+    return _narrow(_wide(dout) * _wide(slope), dout)
+
+
+def relu_forward(x: Array) -> tuple[Array, Residuals]:
+    """y = max(x, 0).
+
+    Parameters
+    ----------
+    x : (...)
+
+    Returns
+    -------
+    out : (...)
+    residuals : tuple
+        For `relu_backward`.
+
+    Examples
+    --------
+    >>> relu_forward(np.array([-1.0, 2.0]))[0].tolist()
+    [0.0, 2.0]
+    """
+    xp = namespace(x=x)
+    check_dtypes(x=x)
+    out = xp.maximum(x, xp.zeros((), x.dtype))
+    return out, (out,)
+
+
+def relu_backward(dout: Array, residuals: Residuals) -> Array:
+    """Transpose of `relu_forward`, y = max(x, 0): dx = dy where x > 0, else 0 (also at 0, whatever dy holds there)."""
+    out, = residuals
+    check_dout(dout, out.shape, out)
+    xp = namespace(dout=dout)
+    return xp.where(out > 0, dout, xp.zeros((), dout.dtype))
+
+
+ACTIVATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "gelu": (gelu_forward, gelu_backward), "relu": (relu_forward, relu_backward)}
+
+
+# --- feed-forward ------------------------------------------------------------------------------------------------------------------------
+
+def feed_forward_forward(params: Params, name: str, x: Array, *, activation: str = "gelu") -> tuple[Array, Residuals]:
+    """y = f(x W_in + b_in) W_out + b_out, for each position alone.
+
+    Parameters
+    ----------
+    params : dict
+        Holds `{name}.in.weight` (E, F), `{name}.in.bias` (F,), `{name}.out.weight` (F, E), `{name}.out.bias` (E,).
+    x : (..., E)
+    activation : "gelu" or "relu"
+
+    Returns
+    -------
+    out : (..., E)
+    residuals : tuple
+        For `feed_forward_backward`.
+
+    Raises
+    ------
+    ValueError
+        `params: expected a key 'x.in.weight', found none; …` and `activation: expected 'gelu' or 'relu', got 'elu'`.
+
+    Notes
+    -----
+    4·E·F flops per position. Keeps two arrays (..., F).
+
+    Examples
+    --------
+    >>> params = {"f.in.weight": np.eye(2), "f.in.bias": np.zeros(2), "f.out.weight": np.eye(2), "f.out.bias": np.ones(2)}
+    >>> feed_forward_forward(params, "f", np.array([-1.0, 1.0]), activation="relu")[0].tolist()
+    [1.0, 2.0]
+    """
+    check_choice("activation", activation, tuple(ACTIVATIONS))
+    inner, r_in = affine_forward(x, *affine_params(params, f"{name}.in"))
+    inner, r_activation = ACTIVATIONS[activation][0](inner)
+    out, r_out = affine_forward(inner, *affine_params(params, f"{name}.out"))
+    return out, (name, activation, r_in, r_activation, r_out)
+
+
+def feed_forward_backward(dout: Array, residuals: Residuals) -> tuple[Array, Grads]:
+    """Transpose of `feed_forward_forward`: its three lines, last one first.
+
+    Parameters
+    ----------
+    dout : (..., E)
+
+    Returns
+    -------
+    dx : (..., E)
+    grads : dict
+        Under the keys that the forward read.
+    """
+    name, activation, r_in, r_activation, r_out = residuals
+    grads: Grads = {}
+    dinner, grads[f"{name}.out.weight"], grads[f"{name}.out.bias"] = affine_backward(dout, r_out)
+    dinner = ACTIVATIONS[activation][1](dinner, r_activation)
+    dx, grads[f"{name}.in.weight"], grads[f"{name}.in.bias"] = affine_backward(dinner, r_in)
+    return dx, grads
+
+
+# --- attention ---------------------------------------------------------------------------------------------------------------------------
+
+_QKV = ("query", "key", "value")
+
+
+def attention_forward(params: Params, name: str, x: Array, *, heads: int, attention: str = "linear", feature_map: str = "elu1",
+                      causal: bool = False, lengths: Any = None) -> tuple[Array, Residuals]:
+    """Multi-head self-attention, linear or softmax.
+
+        q, k, v = split(x W_q + b_q), split(x W_k + b_k), split(x W_v + b_v)        split: (..., N, E) → (..., H, N, D), D = E/H
+        y = merge(attend(q, k, v)) W_out + b_out                                    eq. 2 or eq. 5, 9 of the paper, per head
+
+    The three projections are one product with the three weights side by side, and so is each product of the backward.
+
+    Parameters
+    ----------
+    params : dict
+        Holds `.weight` (E, E) and `.bias` (E,) of `{name}.query`, `{name}.key`, `{name}.value`, `{name}.out`.
+    x : (..., N, E)
+    heads : int
+        H, a divisor of E.
+    attention : "linear" or "softmax"
+    feature_map : str
+        φ of linear attention.
+    causal : bool
+        Position i sees positions ≤ i only.
+    lengths : integers (...), optional
+        How many positions of each sequence are real. Padded rows of y are zeros, and whatever padding holds (NaN too) reaches nothing.
+
+    Returns
+    -------
+    out : (..., N, E)
+    residuals : tuple
+        For `attention_backward`.
+
+    Raises
+    ------
+    ValueError
+        `heads: expected a divisor of E = 8, got 3`; `attention: expected 'linear' or 'softmax', got 'lsh'`; a missing key of params.
+
+    Notes
+    -----
+    8·N·E² flops for the projections; attention itself takes time N·E·D (linear) or N²·E (softmax).
+
+    Examples
+    --------
+    >>> params = {f"a.{part}.weight": np.eye(2) for part in ("query", "key", "value", "out")}
+    >>> params |= {f"a.{part}.bias": np.zeros(2) for part in ("query", "key", "value", "out")}
+    >>> out, residuals = attention_forward(params, "a", np.ones((3, 2)), heads=1, causal=True)
+    >>> np.round(out, 5).tolist()
+    [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
+    """
+    xp = namespace(x=x)
+    _check_attention(x, heads, attention, "(..., N, E)", 2)
+    real = real_positions(xp, "lengths", lengths, x.shape[:-1])
+    x = keep_real(xp, real, x)
+    weights, biases = zip(*(affine_params(params, f"{name}.{part}") for part in _QKV))
+    projected, r_in = affine_forward(x, xp.concatenate(weights, axis=1), xp.concatenate(biases))
+    q, k, v = _split(projected, heads)
+    options = {"causal": causal, "query_lengths": lengths, "key_lengths": lengths}
+    if attention == "linear":
+        mixed, pullback = linear_attention_vjp(q, k, v, feature_map=feature_map, **options)
+    else:
+        mixed, pullback = softmax_attention_vjp(q, k, v, **options)
+    out, r_out = affine_forward(_merge(mixed), *affine_params(params, f"{name}.out"))
+    return keep_real(xp, real, out), (name, heads, real, r_in, pullback, r_out)
+
+
+def attention_backward(dout: Array, residuals: Residuals) -> tuple[Array, Grads]:
+    """Transpose of `attention_forward`: merge turns into split and split into merge; the rest last line first.
+
+    Parameters
+    ----------
+    dout : (..., N, E)
+
+    Returns
+    -------
+    dx : (..., N, E)
+        Zeros in padded rows.
+    grads : dict
+        Under the keys that the forward read.
+    """
+    name, heads, real, r_in, pullback, r_out = residuals
+    xp = namespace(dout=dout)
+    grads: Grads = {}
+    dmerged, grads[f"{name}.out.weight"], grads[f"{name}.out.bias"] = affine_backward(keep_real(xp, real, dout), r_out)
+    dmixed = dmerged.reshape(*dmerged.shape[:-1], heads, -1).swapaxes(-3, -2)
+    dprojected = xp.empty((*dmerged.shape[:-1], 3 * dmerged.shape[-1]), dmerged.dtype)
+    for into, d in zip(_split(dprojected, heads), pullback(dmixed)):
+        into[...] = d
+    dx, dweight, dbias = affine_backward(dprojected, r_in)
+    for part, dw, db in zip(_QKV, xp.split(dweight, 3, axis=1), xp.split(dbias, 3)):
+        grads[f"{name}.{part}.weight"], grads[f"{name}.{part}.bias"] = dw, db
+    return dx, grads
+
+
+def attention_prefill(params: Params, name: str, x: Array, *, heads: int, attention: str = "linear",
+                      feature_map: str = "elu1") -> tuple[Array, Any]:
+    """Causal attention of a whole prefix, as `attention_forward(…, causal=True)`, together with what `attention_step` goes on from.
+
+    Parameters
+    ----------
+    params, name, x, heads, attention, feature_map
+        As in `attention_forward`; no padding.
+
+    Returns
+    -------
+    out : (..., N, E)
+    state
+        `State(S, z)` of linear attention, whose size does not depend on N, or the key/value cache of softmax attention.
+
+    Examples
+    --------
+    >>> params = {f"a.{part}.weight": np.eye(2) for part in ("query", "key", "value", "out")}
+    >>> params |= {f"a.{part}.bias": np.zeros(2) for part in ("query", "key", "value", "out")}
+    >>> out, state = attention_prefill(params, "a", np.ones((3, 2)), heads=1)
+    >>> state.z.tolist()
+    [[6.0, 6.0]]
+    """
+    _check_attention(x, heads, attention, "(..., N, E)", 2)
+    q, k, v = (_split(affine_forward(x, *affine_params(params, f"{name}.{part}"))[0], heads, 1)[0] for part in _QKV)
+    state: Any
+    if attention == "linear":
+        mixed, state = causal_linear_attention(q, k, v, feature_map=feature_map)
+    else:
+        mixed, state = softmax_prefill(q, k, v)
+    return affine_forward(_merge(mixed), *affine_params(params, f"{name}.out"))[0], state
+
+
+def attention_init(lead: tuple[int, ...], width: int, dtype: Any = np.float32, *, heads: int, attention: str = "linear",
+                   feature_map: str = "elu1") -> Any:
+    """The state of attention before the first position: that of a prefix of no positions.
+
+    Parameters
+    ----------
+    lead : tuple of int
+        The leading axes of the `x_t` to come, without E.
+    width : int
+        E.
+
+    Returns
+    -------
+    state
+        For `attention_step`.
+
+    Examples
+    --------
+    >>> attention_init((5,), 8, heads=2).S.shape
+    (5, 2, 4, 4)
+    """
+    nothing = np.zeros((*lead, 0, width), dtype)
+    _check_attention(nothing, heads, attention, "(..., N, E)", 2)
+    x, = _split(nothing, heads, 1)
+    return causal_linear_attention(x, x, x, feature_map=feature_map)[1] if attention == "linear" else softmax_prefill(x, x, x)[1]
+
+
+def attention_step(params: Params, name: str, x_t: Array, state: Any = None, *, heads: int, attention: str = "linear",
+                   feature_map: str = "elu1") -> tuple[Array, Any]:
+    """One position of causal attention (eq. 16-20 of the paper for linear attention): the recurrent twin of `attention_forward`.
+
+    Parameters
+    ----------
+    params, name, heads, attention, feature_map
+        As in `attention_forward`.
+    x_t : (..., E)
+    state : optional
+        From `attention_prefill` or the step before; None where there is no past. It is left as it was.
+
+    Returns
+    -------
+    out_t : (..., E)
+    state
+
+    Examples
+    --------
+    >>> params = {f"a.{part}.weight": np.eye(2) for part in ("query", "key", "value", "out")}
+    >>> params |= {f"a.{part}.bias": np.zeros(2) for part in ("query", "key", "value", "out")}
+    >>> out_t, state = attention_step(params, "a", np.ones(2), heads=1)
+    >>> np.round(out_t, 5).tolist()
+    [1.0, 1.0]
+    """
+    _check_attention(x_t, heads, attention, "(..., E)", 1)
+    q, k, v = (affine_forward(x_t, *affine_params(params, f"{name}.{part}"))[0].reshape(*x_t.shape[:-1], heads, -1) for part in _QKV)
+    if attention == "linear":
+        mixed, state = causal_linear_attention_step(q, k, v, state, feature_map=feature_map)
+    else:
+        mixed, state = softmax_step(q, k, v, state)
+    return affine_forward(mixed.reshape(x_t.shape), *affine_params(params, f"{name}.out"))[0], state
+
+
+# --- what they share ---------------------------------------------------------------------------------------------------------------------
+
+def affine_params(params: Params, name: str) -> tuple[Array, Array]:
+    """`{name}.weight` and `{name}.bias`, with a clear word where one is missing."""
+    for key in (f"{name}.weight", f"{name}.bias"):
+        if key not in params:
+            raise ValueError(f"params: expected a key {key!r}, found none; initialise or load the parameters of this very configuration")
+    return params[f"{name}.weight"], params[f"{name}.bias"]
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected {' or '.join(repr(choice) for choice in choices)}, got {value!r}")
+
+
+def check_indices(name: str, indices: Array, count: int, word: str, symbol: str, where: Array = None) -> None:
+    """Raise unless all `indices` are integers from 0 to count - 1; with `where`, only those where it is true are looked at."""
+    if indices.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected integers, got {indices.dtype.name}")
+    looked_at = indices if where is None else indices[where]
+    if looked_at.size and (looked_at.min() < 0 or looked_at.max() >= count):
+        raise ValueError(f"{name}: expected 0 ≤ {word} < {symbol} = {count}, got values from {looked_at.min()} to {looked_at.max()}")
+
+
+def real_positions(xp: Any, name: str, lengths: Any, shape: tuple[int, ...]) -> Array | None:
+    """True where a position of `shape` (..., N) is not padding; None without lengths."""
+    given = check_lengths(name, lengths, tuple(shape[:-1]), shape[-1], "N")
+    return None if given is None else xp.arange(shape[-1]) < xp.asarray(given)[..., None]
+
+
+def keep_real(xp: Any, real: Array | None, x: Array) -> Array:
+    """x with zeros in padded rows, chosen and not multiplied, since 0·NaN is NaN."""
+    return x if real is None else xp.where(real.reshape(real.shape + (1,) * (x.ndim - real.ndim)), x, xp.zeros((), x.dtype))
+
+
+def check_dout(dout: Array, shape: tuple[int, ...], like: Array) -> None:
+    """`dout` has the shape of the output, which the forward did not keep, and the dtype of `like`."""
+    namespace(dout=dout, output=like)
+    check_shape("dout", dout, "the shape of the output", shape, "a cotangent is shaped like its output")
+    if dout.dtype != like.dtype:
+        raise TypeError(f"dout is {dtype_name(dout)} and its output is {dtype_name(like)}; cast the cotangent, nothing is cast silently")
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(accumulator(x.dtype), copy=False)
+
+
+def _narrow(x: Array, like: Array) -> Array:
+    return x.astype(like.dtype, copy=False)
+
+
+def _rows(x: Array) -> Array:
+    """(..., E) as a matrix; reshape(-1, E) would not know how many rows an array without elements has."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _row_mean(xp: Any, x: Array) -> Array:
+    return xp.sum(x, axis=-1, keepdims=True) / max(x.shape[-1], 1)
+
+
+def _split(x: Array, heads: int, parts: int = 3) -> list[Array]:
+    """(..., N, parts·E) as `parts` views (..., H, N, D)."""
+    x = x.reshape(*x.shape[:-1], parts, heads, x.shape[-1] // (parts * heads))
+    return [x[..., part, :, :].swapaxes(-3, -2) for part in range(parts)]
+
+
+def _merge(x: Array) -> Array:
+    """(..., H, N, D) → (..., N, E)."""
+    x = x.swapaxes(-3, -2)
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+
+
+def _elementwise(xp: Any, work: Callable[..., None], *arrays: Array) -> None:
+    """`work` on pieces of flat arrays: its temporaries stay in the cache, and threads share the pieces. Elsewhere one piece is best."""
+    if xp is not np:
+        work(*arrays)
+        return
+    pieces = [[x[rows] for x in arrays] for rows in blocks(arrays[0].size, _PIECE)]
+    over_heads(work, pieces, 20.0 * arrays[0].size)
+
+
+def _check_features(name: str, x: Array) -> None:
+    if x.ndim < 1:
+        raise ValueError(f"{name}: expected (..., E), got (): a layer needs at least the axis of features")
+
+
+def _check_attention(x: Array, heads: int, attention: str, axes: str, least: int) -> None:
+    if x.ndim < least:
+        raise ValueError(f"x: expected {axes}, got {tuple(x.shape)}")
+    check_choice("attention", attention, ("linear", "softmax"))
+    if x.shape[-1] % check_positive("heads", heads):
+        raise ValueError(f"heads: expected a divisor of E = {x.shape[-1]}, got {heads}")

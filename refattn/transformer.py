@@ -1,0 +1,434 @@
+"""The smallest useful model: tokens in, logits out, with its backward, and the recurrent twin that reads the same parameters.
+
+    x = W_token[token] + P[position]
+    x = x + attention(norm(x))          }  for every layer; with norm="post"  x = norm(x + attention(x))
+    x = x + feed_forward(norm(x))       }                                     x = norm(x + feed_forward(x))     (eq. 20 of the paper)
+    logits = norm(x) W_head + b_head       (the last norm with norm="pre" only)
+
+Axes   B batch (any leading axes) · N positions · E model width · V vocabulary
+
+| function                                   | reads                     | for                                                     |
+|--------------------------------------------|---------------------------|---------------------------------------------------------|
+| transformer_forward, transformer_backward  | whole sequences           | training                                                |
+| transformer_prefill                        | a whole prefix            | logits and the state behind the prefix                  |
+| transformer_step                           | one token for each batch  | decoding: with linear attention a state of constant size|
+
+Parameters are a flat dict of arrays, `{"token.weight": …, "blocks.0.attention.query.weight": …, "head.bias": …}`; gradients come back under
+the same keys. The model is its list of layers, and the backward is that list reversed.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import layers
+from ._array import Array, check_dtypes, check_positive, check_shape, namespace
+from .layers import Grads, Params, Residuals, affine_params, check_choice, keep_real, real_positions
+
+
+class Config(NamedTuple):
+    """What the parameters do not say.
+
+    vocabulary, length : V tokens; at most `length` positions (learned positions only, sinusoidal ones have no end)
+    width, heads, layers, feed_forward : E, H (a divisor of E), the number of blocks, the inner width of their feed-forward
+    attention : "linear" or "softmax";  feature_map : φ of linear attention
+    norm : "pre" or "post";  causal : position i sees positions ≤ i only
+    positions : "learned" or "sinusoidal";  activation : "gelu" or "relu"
+    """
+
+    vocabulary: int
+    length: int
+    width: int
+    heads: int
+    layers: int
+    feed_forward: int
+    attention: str = "linear"
+    feature_map: str = "elu1"
+    norm: str = "pre"
+    causal: bool = True
+    positions: str = "learned"
+    activation: str = "gelu"
+
+
+class TransformerState(NamedTuple):
+    """What a prefix leaves behind: how long it was, and each layer's attention state. Never changed in place."""
+
+    position: int
+    layers: tuple[Any, ...]
+
+
+# --- parameters --------------------------------------------------------------------------------------------------------------------------
+
+def transformer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """The name and the shape of every parameter, in the order in which the model uses them.
+
+    Raises
+    ------
+    ValueError, TypeError
+        `width: expected an integer ≥ 1, got 0`; `heads: expected a divisor of width = 8, got 3`; `norm: expected 'pre' or 'post', got 'rms'`.
+
+    Examples
+    --------
+    >>> shapes = transformer_shapes(Config(vocabulary=10, length=16, width=8, heads=2, layers=1, feed_forward=32))
+    >>> shapes["blocks.0.feed_forward.in.weight"]
+    (8, 32)
+    """
+    for name in ("vocabulary", "length", "width", "heads", "layers", "feed_forward"):
+        check_positive(name, getattr(config, name))
+    if config.width % config.heads:
+        raise ValueError(f"heads: expected a divisor of width = {config.width}, got {config.heads}")
+    check_choice("attention", config.attention, ("linear", "softmax"))
+    check_choice("norm", config.norm, ("pre", "post"))
+    check_choice("positions", config.positions, ("learned", "sinusoidal"))
+    check_choice("activation", config.activation, tuple(layers.ACTIVATIONS))
+    E, F, V = config.width, config.feed_forward, config.vocabulary
+    shapes: dict[str, tuple[int, ...]] = {"token.weight": (V, E)}
+    if config.positions == "learned":
+        shapes["positions.weight"] = (config.length, E)
+    for i in range(config.layers):
+        shapes |= _affine_shapes(f"blocks.{i}.attention.norm", E)
+        for part in ("query", "key", "value", "out"):
+            shapes |= _affine_shapes(f"blocks.{i}.attention.{part}", E, E)
+        shapes |= _affine_shapes(f"blocks.{i}.feed_forward.norm", E)
+        shapes |= _affine_shapes(f"blocks.{i}.feed_forward.in", E, F) | _affine_shapes(f"blocks.{i}.feed_forward.out", F, E)
+    if config.norm == "pre":
+        shapes |= _affine_shapes("norm", E)
+    return shapes | _affine_shapes("head", E, V)
+
+
+def transformer_init(rng: np.random.Generator, config: Config, dtype: Any = np.float32) -> Grads:
+    """Parameters to start training from.
+
+    Weights are normal with variance 1/(rows), so that activations keep their size; the two that write into the residual stream of L layers
+    have it divided by 2L, so that the stream keeps its size too; token and position vectors have a variance of 1/E each; norms start as the
+    identity, biases at zero.
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+        Drawn from in float64 whatever the dtype: one seed gives one model, rounded.
+    config : Config
+    dtype
+
+    Returns
+    -------
+    params : dict
+        Keys and shapes of `transformer_shapes`.
+
+    Examples
+    --------
+    >>> config = Config(vocabulary=10, length=16, width=8, heads=2, layers=1, feed_forward=32)
+    >>> sum(p.size for p in transformer_init(np.random.default_rng(0), config).values())
+    1186
+    """
+    params: Grads = {}
+    for key, shape in transformer_shapes(config).items():
+        if len(shape) == 1:
+            params[key] = np.full(shape, float("norm." in key and key.endswith(".weight")), dtype)
+            continue
+        fan = config.width if key in ("token.weight", "positions.weight") else shape[0]
+        if key.startswith("blocks.") and key.endswith(".out.weight"):
+            fan *= 2 * config.layers
+        params[key] = (rng.standard_normal(shape) / math.sqrt(fan)).astype(dtype)
+    return params
+
+
+# --- whole sequences ---------------------------------------------------------------------------------------------------------------------
+
+def transformer_forward(params: Params, tokens: Array, config: Config, *, lengths: Any = None) -> tuple[Array, Residuals]:
+    """Logits for every position of whole sequences.
+
+    Parameters
+    ----------
+    params : dict
+        From `transformer_init`, of this configuration.
+    tokens : (..., N) integers
+    config : Config
+    lengths : integers (...), optional
+        How many positions of each sequence are real. Logits of the others are zeros; what tokens stand there does not matter.
+
+    Returns
+    -------
+    logits : (..., N, V)
+        In the parameters' dtype. With `causal`, position i predicts what follows it from the tokens ≤ i.
+    residuals : tuple
+        For `transformer_backward`.
+
+    Raises
+    ------
+    ValueError
+        `params: expected 'head.bias' = (10,), got (8,): …`, missing or foreign keys; `tokens: expected 0 ≤ token < V = 10, …`;
+        more positions than `config.length` with learned positions.
+    TypeError
+        Parameters of several dtypes; tokens that are not integers.
+
+    Notes
+    -----
+    About 2·B·N·(4 E² + 2·E·F) flops a layer outside attention, and about 10·E + 2·F numbers kept for each position and layer.
+
+    Examples
+    --------
+    >>> config = Config(vocabulary=10, length=16, width=8, heads=2, layers=1, feed_forward=32)
+    >>> params = transformer_init(np.random.default_rng(0), config)
+    >>> logits, residuals = transformer_forward(params, np.array([[1, 2, 3]]), config)
+    >>> logits.shape
+    (1, 3, 10)
+    """
+    _check_params(params, config)
+    xp = namespace(tokens=tokens)
+    _check_tokens(tokens, 1, "(..., N)")
+    real = real_positions(xp, "lengths", lengths, tokens.shape)
+    tokens = keep_real(xp, real, tokens)
+    x, r_token = layers.embedding_forward(tokens, params["token.weight"])
+    x, r_positions = _positions_forward(params, x, config, 0)
+    r_blocks = []
+    for i in range(config.layers):
+        name = f"blocks.{i}.attention"
+        x, r_attention = _around_forward(params, name, x, config, lambda y, name=name: layers.attention_forward(  # type: ignore[misc]
+            params, name, y, causal=config.causal, lengths=lengths, **_heads(config)))
+        name = f"blocks.{i}.feed_forward"
+        x, r_feed_forward = _around_forward(params, name, x, config, lambda y, name=name: layers.feed_forward_forward(  # type: ignore[misc]
+            params, name, y, activation=config.activation))
+        r_blocks.append((r_attention, r_feed_forward))
+    r_norm = None
+    if config.norm == "pre":
+        x, r_norm = layers.layer_norm_forward(x, *affine_params(params, "norm"))
+    logits, r_head = layers.affine_forward(x, *affine_params(params, "head"))
+    return keep_real(xp, real, logits), (config, real, r_token, r_positions, r_blocks, r_norm, r_head)
+
+
+def transformer_backward(dlogits: Array, residuals: Residuals) -> Grads:
+    """Transpose of `transformer_forward`: the same list of layers, last one first.
+
+    Parameters
+    ----------
+    dlogits : (..., N, V)
+        Cotangent of the logits, for example from `cross_entropy_backward`. Padded rows are not read.
+
+    Returns
+    -------
+    grads : dict
+        Keys, order, shapes and dtype of the parameters.
+
+    Notes
+    -----
+    About twice the flops of the forward. May be called again on the same residuals, and from several threads.
+
+    Examples
+    --------
+    >>> config = Config(vocabulary=10, length=16, width=8, heads=2, layers=1, feed_forward=32)
+    >>> params = transformer_init(np.random.default_rng(0), config)
+    >>> logits, residuals = transformer_forward(params, np.array([[1, 2, 3]]), config)
+    >>> grads = transformer_backward(np.ones_like(logits), residuals)
+    >>> list(grads) == list(params), grads["head.bias"].tolist()[:2]
+    (True, [3.0, 3.0])
+    """
+    config, real, r_token, r_positions, r_blocks, r_norm, (x_head, w_head) = residuals
+    layers.check_dout(dlogits, (*x_head.shape[:-1], w_head.shape[1]), x_head)
+    xp = namespace(dlogits=dlogits)
+    grads: Grads = {}
+    dx, grads["head.weight"], grads["head.bias"] = layers.affine_backward(keep_real(xp, real, dlogits), (x_head, w_head))
+    if r_norm is not None:
+        dx, grads["norm.weight"], grads["norm.bias"] = layers.layer_norm_backward(dx, r_norm)
+    for i in reversed(range(config.layers)):
+        r_attention, r_feed_forward = r_blocks[i]
+        dx = _around_backward(grads, f"blocks.{i}.feed_forward", dx, config, r_feed_forward, layers.feed_forward_backward)
+        dx = _around_backward(grads, f"blocks.{i}.attention", dx, config, r_attention, layers.attention_backward)
+    if r_positions is not None:
+        dx, grads["positions.weight"] = layers.positions_backward(dx, r_positions)
+    grads["token.weight"] = layers.embedding_backward(dx, r_token)
+    return {key: grads[key] for key in transformer_shapes(config)}
+
+
+# --- the recurrent twin ------------------------------------------------------------------------------------------------------------------
+
+def transformer_prefill(params: Params, tokens: Array, config: Config) -> tuple[Array, TransformerState]:
+    """The logits of `transformer_forward` for a whole prefix, and the state from which `transformer_step` goes on. Keeps no residuals.
+
+    Parameters
+    ----------
+    params : dict
+    tokens : (..., N) integers
+        All of one length; N = 0 gives the state of `transformer_step_init`.
+    config : Config
+        Causal.
+
+    Returns
+    -------
+    logits : (..., N, V)
+    state : TransformerState
+
+    Raises
+    ------
+    ValueError
+        `config: expected causal=True, …`, and those of `transformer_forward`.
+
+    Examples
+    --------
+    >>> config = Config(vocabulary=10, length=16, width=8, heads=2, layers=1, feed_forward=32)
+    >>> params = transformer_init(np.random.default_rng(0), config)
+    >>> logits, state = transformer_prefill(params, np.array([[1, 2, 3]]), config)
+    >>> state.position
+    3
+    """
+    _check_params(params, config)
+    _check_causal(config)
+    _check_tokens(tokens, 1, "(..., N)")
+    x, _ = layers.embedding_forward(tokens, params["token.weight"])
+    x, _ = _positions_forward(params, x, config, 0)
+    return _decode(params, x, config, tokens.shape[-1], lambda name, y, i: layers.attention_prefill(params, name, y, **_heads(config)))
+
+
+def transformer_step_init(config: Config, batch: int, dtype: Any = np.float32) -> TransformerState:
+    """The state behind an empty prefix.
+
+    Parameters
+    ----------
+    config : Config
+    batch : int
+        B, how many sequences are decoded side by side.
+    dtype
+        That of the parameters.
+
+    Returns
+    -------
+    state : TransformerState
+        With linear attention S (B, H, D, M) and z (B, H, D) for each layer, all zeros; with softmax attention an empty cache.
+
+    Examples
+    --------
+    >>> config = Config(vocabulary=10, length=16, width=8, heads=2, layers=3, feed_forward=32)
+    >>> state = transformer_step_init(config, batch=5)
+    >>> state.position, len(state.layers), state.layers[0].S.shape
+    (0, 3, (5, 2, 4, 4))
+    """
+    transformer_shapes(config)
+    _check_causal(config)
+    return TransformerState(0, tuple(layers.attention_init((batch,), config.width, dtype, **_heads(config)) for _ in range(config.layers)))
+
+
+def transformer_step(params: Params, token_t: Array, state: TransformerState, config: Config) -> tuple[Array, TransformerState]:
+    """Read one token for each sequence and predict what follows it (eq. 16-20 of the paper, for every layer).
+
+    Parameters
+    ----------
+    params : dict
+    token_t : (...) integers
+    state : TransformerState
+        From `transformer_step_init`, `transformer_prefill` or the step before. It is left as it was: go back to it to try another token.
+    config : Config
+
+    Returns
+    -------
+    logits_t : (..., V)
+        What `transformer_forward` gives at this position, up to rounding.
+    state : TransformerState
+
+    Notes
+    -----
+    With linear attention time and memory do not depend on how many tokens came before; with softmax attention both grow with them.
+
+    Examples
+    --------
+    >>> config = Config(vocabulary=10, length=16, width=8, heads=2, layers=1, feed_forward=32)
+    >>> params = transformer_init(np.random.default_rng(0), config)
+    >>> logits_t, state = transformer_step(params, np.array([1]), transformer_step_init(config, batch=1), config)
+    >>> logits_t.shape, state.position
+    ((1, 10), 1)
+    """
+    _check_causal(config)
+    if len(state.layers) != config.layers:
+        raise ValueError(f"state: expected the states of layers = {config.layers} layers, got {len(state.layers)}; make it with this config")
+    _check_tokens(token_t, 0, "(...)")
+    x, _ = layers.embedding_forward(token_t, params["token.weight"])
+    x, _ = _positions_forward(params, x[..., None, :], config, state.position)
+    return _decode(params, x[..., 0, :], config, state.position + 1,
+                   lambda name, y, i: layers.attention_step(params, name, y, state.layers[i], **_heads(config)))
+
+
+def _decode(params: Params, x: Array, config: Config, position: int, attend: Callable[..., tuple[Array, Any]]) -> tuple[Array, TransformerState]:
+    states = []
+    for i in range(config.layers):
+        name = f"blocks.{i}.attention"
+        x, (_, state) = _around_forward(params, name, x, config, lambda y, name=name, i=i: attend(name, y, i))  # type: ignore[misc]
+        states.append(state)
+        name = f"blocks.{i}.feed_forward"
+        x, _ = _around_forward(params, name, x, config, lambda y, name=name: layers.feed_forward_forward(  # type: ignore[misc]
+            params, name, y, activation=config.activation))
+    if config.norm == "pre":
+        x, _ = layers.layer_norm_forward(x, *affine_params(params, "norm"))
+    return layers.affine_forward(x, *affine_params(params, "head"))[0], TransformerState(position, tuple(states))
+
+
+# --- what they share ---------------------------------------------------------------------------------------------------------------------
+
+def _around_forward(params: Params, name: str, x: Array, config: Config,
+                    inner: Callable[[Array], tuple[Array, Any]]) -> tuple[Array, tuple[Any, Any]]:
+    """The residual connection and the norm around `inner`: x + inner(norm(x)), or norm(x + inner(x))."""
+    norm = affine_params(params, f"{name}.norm")
+    if config.norm == "pre":
+        y, r_norm = layers.layer_norm_forward(x, *norm)
+        y, r_inner = inner(y)
+        y += x                                      # y is the inner layer's own product; nothing else holds it
+        return y, (r_norm, r_inner)
+    y, r_inner = inner(x)
+    y += x
+    y, r_norm = layers.layer_norm_forward(y, *norm)
+    return y, (r_norm, r_inner)
+
+
+def _around_backward(grads: Grads, name: str, dout: Array, config: Config, residuals: tuple[Any, Any],
+                     inner_backward: Callable[[Array, Any], tuple[Array, Grads]]) -> Array:
+    """Transpose of `_around_forward`; puts the gradients of its parameters into `grads` and returns dx."""
+    r_norm, r_inner = residuals
+    if config.norm == "pre":
+        dy, inner_grads = inner_backward(dout, r_inner)
+        dx, grads[f"{name}.norm.weight"], grads[f"{name}.norm.bias"] = layers.layer_norm_backward(dy, r_norm)
+        dx += dout
+    else:
+        dout, grads[f"{name}.norm.weight"], grads[f"{name}.norm.bias"] = layers.layer_norm_backward(dout, r_norm)
+        dx, inner_grads = inner_backward(dout, r_inner)
+        dx += dout
+    grads.update(inner_grads)
+    return dx
+
+
+def _positions_forward(params: Params, x: Array, config: Config, start: int) -> tuple[Array, Residuals | None]:
+    if config.positions == "learned":
+        return layers.positions_forward(x, params["positions.weight"], start=start)
+    positions = layers.sinusoidal_positions(x.shape[-2], config.width, np.float64, start=start)
+    positions /= math.sqrt(config.width / 2)        # to the size of the token vectors: Σ of the squares of a row is E/2
+    x += namespace(x=x).asarray(positions.astype(x.dtype))
+    return x, None
+
+
+def _heads(config: Config) -> dict[str, Any]:
+    return {"heads": config.heads, "attention": config.attention, "feature_map": config.feature_map}
+
+
+def _affine_shapes(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": shape, f"{name}.bias": shape[-1:]}
+
+
+def _check_params(params: Params, config: Config) -> None:
+    shapes = transformer_shapes(config)
+    if params.keys() != shapes.keys():
+        missing, foreign = sorted(shapes.keys() - params.keys()), sorted(params.keys() - shapes.keys())
+        raise ValueError(f"params: expected the keys of this configuration, got {len(missing)} missing (first {missing[:1]}) and "
+                         f"{len(foreign)} foreign (first {foreign[:1]}); initialise or load with this very configuration")
+    check_dtypes(**params)
+    for key, shape in shapes.items():
+        check_shape(f"params[{key!r}]", params[key], "the shape of this configuration", shape, "initialise or load with this very configuration")
+
+
+def _check_tokens(tokens: Array, least: int, axes: str) -> None:
+    if tokens.ndim < least:
+        raise ValueError(f"tokens: expected {axes}, got {tuple(tokens.shape)}")
+
+
+def _check_causal(config: Config) -> None:
+    if not config.causal:
+        raise ValueError("config: expected causal=True, got causal=False: only a causal model can be read as a recurrence")
