@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from ._array import Array, accumulator, namespace
-from ._blocks import Reader, blocks, over_heads, reader, split_groups, stacks
+from ._blocks import BUFFER_BYTES, Reader, over_heads, reader, split_groups, stacks
 
 Residuals = tuple[Any, ...]
 Store = Callable[[slice, np.ndarray], None]
@@ -121,7 +121,7 @@ def causal_chunked_forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, state: n
     def work(Q: Any, K: Any, V: Any, O: Any, S: Any) -> None:
         running_product(reader(Q), reader(K), reader(V), writer(O), S, sizes(Q, K), chunk)
 
-    _over_heads(work, end, Q, K, V, split_groups(out, heads, headed), end)
+    each_stack(work, end, chunk, Q, K, V, split_groups(out, heads, headed), end)
     return out, end, (q, k, v, state, chunk)
 
 
@@ -170,63 +170,85 @@ def causal_chunked_backward(dout: np.ndarray, dstate: np.ndarray | None,
     def view(x: np.ndarray) -> np.ndarray:
         return split_groups(x, heads, headed)
 
-    _over_heads(work, S, view(q), view(k), view(v), view(dout), view(dq), view(dk), view(dv), S, R)
+    each_stack(work, S, chunk, view(q), view(k), view(v), view(dout), view(dq), view(dk), view(dv), S, R)
     return dq, dk, dv, R
 
 
-def running_product(read_q: Reader, read_k: Reader, read_v: Reader, store: Store, S: np.ndarray, size: tuple[int, int, int, int],
+def running_product(read_q: Reader, read_k: Reader, read_v: Reader, store: Store, S: np.ndarray, size: tuple[int, int, int, int, int],
                     chunk: int, reverse: bool = False) -> None:
     """o_i = Sᵀ q_i + Σ_{j≤i} (q_i·k_j) v_j for a stack of heads, and S ← S + Σ_j k_j v_jᵀ in place. The one loop of this library's CPU path.
 
     Inside a chunk the sum is a masked product A V with A = tril(Q Kᵀ); all that came before it is one matrix S. Both are one product,
-    [A | Q] [V; S]: Q and A stand side by side in one buffer, V and S one above the other in another.
+    [A | Q] [V; S]: Q and A stand side by side in one buffer, V and S one above the other in another. A few chunks are worked on at a time,
+    as many as the second-level cache holds: each NumPy call is then long enough that two threads seldom meet at the interpreter's lock.
 
-    `size` = (heads, Gq, Gk, N): Gq queries and Gk keys stand at each position. `reverse` walks from the last position to the first and sums
-    over j ≥ i. The readers fill buffers (heads, G, rows, width), so that φ, a column of ones or a cast need no array of N rows.
+    `size` = (heads, Gq, Gk, N, N): Gq queries and Gk keys stand at each position. `reverse` walks from the last position to the first and sums
+    over j ≥ i. The readers fill buffers (heads, G, chunks, rows, width), so that φ, a column of ones or a cast need no array of N rows.
     """
-    heads, gq, gk, n = size
+    heads, gq, gk, n, _ = size
     D, M = S.shape[-2:]
-    full = -1
-    for rows in blocks(n, chunk, reverse):
-        c = rows.stop - rows.start
-        if c != full:                                          # the first chunk, and once more for a shorter one
-            AQ, VS = np.empty((heads, gq * c, gk * c + D), S.dtype), np.empty((heads, gk * c + D, M), S.dtype)
-            A, Q, V = AQ[..., : gk * c], AQ[..., gk * c:], VS[:, : gk * c]
-            K, O, T = np.empty((heads, gk * c, D), S.dtype), np.empty((heads, gq * c, M), S.dtype), np.empty((heads, D, M), S.dtype)
-            into_q, into_k, into_v = Q.reshape(heads, gq, c, D), K.reshape(heads, gk, c, D), V.reshape(heads, gk, c, M)
-            outputs = O.reshape(heads, gq, c, M)
-            i, j = np.tile(np.arange(c), gq)[:, None], np.tile(np.arange(c), gk)
-            hidden = j < i if reverse else j > i
-            VS[:, gk * c:] = S if full < 0 else run
-            run, full = VS[:, gk * c:], c
+    run, shape = S.copy(), (0, 0)
+    for rows, T, C in _chunk_blocks(n, chunk, _chunks_at_once(heads, gq, gk, chunk, D, M, S.itemsize), reverse):
+        if shape != (T, C):
+            AQ, VS = np.empty((heads, T, gq * C, gk * C + D), S.dtype), np.empty((heads, T, gk * C + D, M), S.dtype)
+            K, O, own = (np.empty((heads, T, a, b), S.dtype) for a, b in ((gk * C, D), (gq * C, M), (D, M)))
+            A, Q, V, before = AQ[..., : gk * C], AQ[..., gk * C:], VS[..., : gk * C, :], VS[..., gk * C:, :]
+            into_q, into_k, into_v, outputs = (_positions(x, C) for x in (Q, K, V, O))
+            i, j = np.tile(np.arange(C), gq)[:, None], np.tile(np.arange(C), gk)
+            hidden, shape = (j < i if reverse else j > i), (T, C)
         read_q(rows, into_q)
         read_k(rows, into_k)
         read_v(rows, into_v)
+        np.matmul(K.mT, V, out=own)
+        for t in range(T)[::-1] if reverse else range(T):
+            before[:, t] = run
+            np.add(run, own[:, t], out=run)
         np.matmul(Q, K.mT, out=A)
         np.copyto(A, 0, where=hidden)                          # not a product with 0: a hidden score may have overflowed
         np.matmul(AQ, VS, out=O)
-        np.matmul(K.mT, V, out=T)
-        np.add(run, T, out=run)
         store(rows, outputs)
-    if full >= 0:
-        S[...] = run
+    S[...] = run
+
+
+def _chunk_blocks(n: int, C: int, T: int, reverse: bool) -> list[tuple[slice, int, int]]:
+    """Positions 0 … n-1 as blocks (rows, chunks, rows per chunk): full ones of T chunks, the rest's full chunks, a shorter last chunk."""
+    whole, done = n // (T * C) * T * C, n // C * C
+    parts = [(slice(a, a + T * C), T, C) for a in range(0, whole, T * C)]
+    parts += [(slice(whole, done), (done - whole) // C, C)] if done > whole else []
+    parts += [(slice(done, n), 1, n - done)] if n > done else []
+    return parts[::-1] if reverse else parts
+
+
+def _chunks_at_once(heads: int, gq: int, gk: int, C: int, D: int, M: int, itemsize: int) -> int:
+    per_chunk = gq * C * (gk * C + D + M) + gk * C * (D + M) + 2 * D * M
+    return max(1, BUFFER_BYTES // (heads * per_chunk * itemsize))
+
+
+def _positions(x: np.ndarray, C: int) -> np.ndarray:
+    """A buffer (heads, T, G·C, width) as a reader sees it: (heads, G, T, C, width)."""
+    return x.reshape(*x.shape[:2], x.shape[2] // C, C, x.shape[3]).swapaxes(1, 2)
 
 
 def writer(out: np.ndarray) -> Store:
     """Stores a block's results in out (h, G, N, width), rounded to its dtype."""
     def store(rows: slice, block: np.ndarray) -> None:
-        np.copyto(out[..., rows, :], block, casting="same_kind")
+        to = out[..., rows, :]
+        np.copyto(to.reshape(block.shape), block, casting="same_kind")
     return store
 
 
-def sizes(Q: np.ndarray, K: np.ndarray) -> tuple[int, int, int, int]:
-    """(heads, Gq, Gk, N) of a stack's views Q (heads, Gq, N, D) and K (heads, Gk, N, D)."""
-    return Q.shape[0], Q.shape[1], K.shape[1], Q.shape[2]
+def sizes(Q: np.ndarray, K: np.ndarray) -> tuple[int, int, int, int, int]:
+    """(heads, Gq, Gk, N, L) of a stack's views Q (heads, Gq, N, D) and K (heads, Gk, L, D)."""
+    return Q.shape[0], Q.shape[1], K.shape[1], Q.shape[2], K.shape[2]
 
 
-def _over_heads(work: Callable[..., None], S: np.ndarray, *arrays: np.ndarray) -> None:
-    q = arrays[0]
-    over_heads(work, list(stacks(S.shape[:-2], *arrays)), 4.0 * q.size * S.shape[-1])
+def each_stack(work: Callable[..., None], S: np.ndarray, chunk: int, *arrays: np.ndarray | None) -> None:
+    """`work` on every stack of heads of `arrays`, the first of them q (..., H, G, N, D). Long sequences are taken head by head; of short
+    ones as many heads at a time as one thread's buffers hold."""
+    D, M = S.shape[-2:]
+    G, N = arrays[0].shape[-3:-1]                                                                          # type: ignore[union-attr]
+    most = _chunks_at_once(1, G, 1, chunk, D, M, S.itemsize) // max(-(-N // chunk), 1)
+    over_heads(work, list(stacks(S.shape[:-2], *arrays, most=max(most, 1))), 4.0 * S.size * G * N)
 
 
 # --- scan: the chunked form without a loop ------------------------------------------------------------------------------------------
@@ -295,8 +317,8 @@ def causal_step(state: Array, q_t: Array, k_t: Array, v_t: Array) -> tuple[Array
     S = state + k_t[..., :, None] * v_t[..., None, :]
     if q_t.ndim == 1 or q_t.shape[-2] == k_t.shape[-2]:
         return (q_t[..., None, :] @ S)[..., 0, :], S
-    grouped = q_t.reshape(*k_t.shape[:-1], q_t.shape[-2] // max(k_t.shape[-2], 1), q_t.shape[-1])
-    return (grouped @ S).reshape(*q_t.shape[:-1], v_t.shape[-1]), S
+    xp = namespace(q_t=q_t)
+    return xp.reshape(_group_step(q_t, k_t, xp) @ S, (*q_t.shape[:-1], v_t.shape[-1])), S
 
 
 def causal_step_backward(dout_t: Array, dstate: Array, state: Array, q_t: Array, k_t: Array,
@@ -310,16 +332,20 @@ def causal_step_backward(dout_t: Array, dstate: Array, state: Array, q_t: Array,
     [2.0, 8.0, 2.0, 2.0]
     """
     S = state + k_t[..., :, None] * v_t[..., None, :]
-    if q_t.ndim == 1:
-        Q, dO = q_t[None, :], dout_t[None, :]
-    else:
-        group = (*k_t.shape[:-1], q_t.shape[-2] // max(k_t.shape[-2], 1))
-        Q, dO = q_t.reshape(*group, q_t.shape[-1]), dout_t.reshape(*group, dout_t.shape[-1])
+    xp = namespace(q_t=q_t)
+    Q, dO = _group_step(q_t, k_t, xp), _group_step(dout_t, k_t, xp)
     R = dstate + _t(Q) @ dO                                                                     # out = Sᵀ q
-    dq = (dO @ _t(S)).reshape(q_t.shape)
+    dq = xp.reshape(dO @ _t(S), q_t.shape)
     dk = (R @ v_t[..., :, None])[..., 0]                                                        # S = state + k vᵀ
     dv = (k_t[..., None, :] @ R)[..., 0, :]
     return R, dq, dk, dv
+
+
+def _group_step(x_t: Array, k_t: Array, xp: Any) -> Array:
+    """(..., G·H, D) as (..., H, G, D), beside keys k_t (..., H, D); (D) as (1, D)."""
+    if x_t.ndim == 1:
+        return x_t[None, :]
+    return xp.reshape(x_t, (*k_t.shape[:-1], x_t.shape[-2] // max(k_t.shape[-2], 1), x_t.shape[-1]))
 
 
 # --- what the functional forms share ------------------------------------------------------------------------------------------------

@@ -1,0 +1,548 @@
+"""Linear attention as the paper defines it: the feature map φ and the normaliser around a bare product.
+
+    V'_i = φ(q_i)ᵀ S_i / (φ(q_i)ᵀ z_i + ε)      S_i = Σ_{j≤i} φ(k_j) v_jᵀ      z_i = Σ_{j≤i} φ(k_j)         (eq. 12; all j: eq. 5)
+
+**Numerator and denominator are one product.** A column of ones beside V gives [S | z] as one state and [num | den] as one output:
+
+    [num_i | den_i] = f(φ(q), φ(k), [v | 1]; [S_0 | z_0])          out_i = num_i / (den_i + ε)
+
+**Backward.** With do the cotangent of out, the quotient's transpose is one more column:
+
+    G_i = [ do_i / (den_i + ε)  |  -(do_i · out_i) / (den_i + ε) ]
+    dφ(q), dφ(k), [dv | ·], [dS_0 | dz_0] = the transpose of f at G         then dq = φ'(q)ᵀ dφ(q), dk = φ'(k)ᵀ dφ(k)
+
+f is `causal.running_product` or `linear.full_product`; both are closed under their own transpose, so the same lines serve both.
+A denominator of exactly 0 (no keys at all, ε = 0) defines a row of zeros with zero gradients.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ._array import (Array, Axes, accumulator, check_cotangent, check_dtypes, check_lengths, check_number, check_qkv, check_shape, dtype_name,
+                     namespace)
+from ._blocks import Reader, reader, real_rows, split_groups
+from .causal import (CHUNK, Store, causal_scan_backward, causal_scan_forward, causal_step, causal_step_backward, each_stack,
+                     running_product, sizes, writer)
+from .features import FeatureMap, feature_map as find_feature_map, feature_size
+from .linear import full_product, linear_backward, linear_forward
+
+Spec = "str | tuple[Callable[[Array], Array], Callable[[Array, Array], Array]]"
+Pullback = Callable[..., tuple[Any, ...]]
+
+
+class State(NamedTuple):
+    """What the past leaves behind: S (..., H, F, M) = Σ φ(k_j) v_jᵀ (eq. 10) and z (..., H, F) = Σ φ(k_j) (eq. 11).
+
+    In the accumulator dtype: float32 for float16 and bfloat16 inputs."""
+
+    S: Array
+    z: Array
+
+
+# --- the public functions -----------------------------------------------------------------------------------------------------------
+
+def linear_attention(q: Array, k: Array, v: Array, *, feature_map: Any = "elu1", causal: bool = False, eps: float = 1e-6,
+                     query_lengths: Any = None, key_lengths: Any = None) -> Array:
+    """Linear attention: V'_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / (φ(q_i)ᵀ Σ_j φ(k_j) + ε), eq. 5 of the paper; `causal`: j ≤ i, eq. 9.
+
+    Parameters
+    ----------
+    q : (..., G·H, N, D)
+    k : (..., H, L, D)
+    v : (..., H, L, M)
+        float16, bfloat16, float32 or float64, all of one dtype. H key/value heads; query head h reads key/value head h // G.
+    feature_map : str or pair of functions
+        φ: a name from `refattn.features`, or (forward, backward) with y = forward(x), dx = backward(dy, x).
+    causal : bool
+        Position i sees keys j ≤ i only; needs N == L.
+    eps : float
+        ε ≥ 0 in the denominator.
+    query_lengths, key_lengths : integers, optional
+        Real positions per sequence, shape (B,) or any first part of the leading axes. Padded queries give rows of zeros; what stands
+        in padding, NaN included, reaches no output and no gradient.
+
+    Returns
+    -------
+    out : (..., G·H, N, M), in the inputs' dtype; sums are kept in float32 (float64 for float64).
+
+    Raises
+    ------
+    ValueError
+        For shapes that disagree ("k: expected (..., Hkv, L, D) = …, got …: q and k must share D"), lengths out of range, an unknown
+        feature map, eps < 0.
+    TypeError
+        For arrays that are not arrays, of different libraries, of different dtypes or not real floats.
+
+    Notes
+    -----
+    O((N + L)·F·M) flops, F the features of φ; causal O(N·F·M + N·C·(F + M)). Extra memory does not grow with N or L.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> q, k, v = np.zeros((2, 3)), np.zeros((2, 3)), np.array([[1.0], [3.0]])
+    >>> linear_attention(q, k, v, eps=0).ravel(), linear_attention(q, k, v, eps=0, causal=True).ravel()
+    (array([2., 2.]), array([1., 2.]))
+    """
+    return _linear(q, k, v, feature_map, causal, eps, query_lengths, key_lengths)[0]
+
+
+def linear_attention_vjp(q: Array, k: Array, v: Array, *, feature_map: Any = "elu1", causal: bool = False, eps: float = 1e-6,
+                         query_lengths: Any = None, key_lengths: Any = None) -> tuple[Array, Pullback]:
+    """`linear_attention` and its pullback: dout -> (dq, dk, dv); see `refattn.vjp`."""
+    out, backward = _linear(q, k, v, feature_map, causal, eps, query_lengths, key_lengths)
+
+    def pullback(dout: Array | None) -> tuple[Array, Array, Array]:
+        check_cotangent("dout", dout, out)
+        dq, dk, dv, _ = backward(dout, None)
+        return dq, dk, dv
+
+    return out, pullback
+
+
+def causal_linear_attention(q: Array, k: Array, v: Array, state: State | None = None, *, feature_map: Any = "elu1",
+                            eps: float = 1e-6) -> tuple[Array, State]:
+    """Causal linear attention that starts from a state and returns the next one: prefill, streaming, the RNN view (eq. 8-12, 16-20).
+
+    Parameters
+    ----------
+    q : (..., G·H, N, D)
+    k : (..., H, N, D)
+    v : (..., H, N, M)
+    state : State, optional
+        S (..., H, F, M) and z (..., H, F): what preceded position 0, as an earlier call returned it. None: nothing.
+    feature_map, eps
+        As in `linear_attention`.
+
+    Returns
+    -------
+    out : (..., G·H, N, M), in the inputs' dtype
+    state : State
+        Pass it on to continue: the whole sequence, the sequence split anywhere, and `causal_linear_attention_step` position by position
+        give the same answer. The given state is never changed.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in `linear_attention`, and for a state of the wrong kind, shape or dtype.
+
+    Notes
+    -----
+    4·N·F·M + 2·N·C·(F + M) flops a head; extra memory does not grow with N, in the backward neither.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> q, k, v = np.zeros((2, 3)), np.zeros((2, 3)), np.array([[1.0], [3.0]])
+    >>> out, state = causal_linear_attention(q, k, v, eps=0)
+    >>> out.ravel(), state.z
+    (array([1., 2.]), array([2., 2., 2.]))
+    """
+    out, end, _ = _causal(q, k, v, state, feature_map, eps)
+    return out, end
+
+
+def causal_linear_attention_vjp(q: Array, k: Array, v: Array, state: State | None = None, *, feature_map: Any = "elu1",
+                                eps: float = 1e-6) -> tuple[tuple[Array, State], Pullback]:
+    """`causal_linear_attention` and its pullback: (dout, dstate) -> (dq, dk, dv, dstate0); see `refattn.vjp`."""
+    out, end, backward = _causal(q, k, v, state, feature_map, eps)
+
+    def pullback(dout: Array | None, dstate: Any = None) -> tuple[Array, Array, Array, State | None]:
+        check_cotangent("dout", dout, out)
+        return backward(dout, _check_state_cotangent(dstate, end))
+
+    return (out, end), pullback
+
+
+def causal_linear_attention_step(q_t: Array, k_t: Array, v_t: Array, state: State | None = None, *, feature_map: Any = "elu1",
+                                 eps: float = 1e-6) -> tuple[Array, State]:
+    """One position of `causal_linear_attention`: S ← S + φ(k) vᵀ, z ← z + φ(k), out = Sᵀφ(q) / (zᵀφ(q) + ε) (eq. 18-20).
+
+    Parameters
+    ----------
+    q_t : (..., G·H, D)
+    k_t : (..., H, D)
+    v_t : (..., H, M)
+    state : State, optional
+        As returned by the previous step or by `causal_linear_attention`; None: nothing precedes. Never changed.
+    feature_map, eps
+        As in `linear_attention`.
+
+    Returns
+    -------
+    out_t : (..., G·H, M)
+    state : State
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in `causal_linear_attention`.
+
+    Notes
+    -----
+    O(F·M) time and memory a head, whatever the position.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> state = None
+    >>> for x in (1.0, 3.0): out, state = causal_linear_attention_step(np.zeros(3), np.zeros(3), np.array([x]), state, eps=0)
+    >>> out
+    array([2.])
+    """
+    xp, axes, phi, eps, state = _check_step(q_t, k_t, v_t, state, feature_map, eps)
+    acc = accumulator(v_t.dtype)
+    fq, fk, v = phi.forward(_cast(q_t, acc, xp)), phi.forward(_cast(k_t, acc, xp)), _cast(v_t, acc, xp)
+    out, end, _ = _step(fq, fk, v, state, axes, eps, xp)
+    return _cast(out, v_t.dtype, xp), end
+
+
+def causal_linear_attention_step_vjp(q_t: Array, k_t: Array, v_t: Array, state: State | None = None, *, feature_map: Any = "elu1",
+                                     eps: float = 1e-6) -> tuple[tuple[Array, State], Pullback]:
+    """`causal_linear_attention_step` and its pullback: (dout_t, dstate) -> (dq_t, dk_t, dv_t, dstate0); see `refattn.vjp`."""
+    xp, axes, phi, eps, before = _check_step(q_t, k_t, v_t, state, feature_map, eps)
+    acc = accumulator(v_t.dtype)
+    q, k, v = (_cast(x, acc, xp) for x in (q_t, k_t, v_t))
+    fq, fk = phi.forward(q), phi.forward(k)
+    out, end, inverse = _step(fq, fk, v, before, axes, eps, xp)
+
+    def pullback(dout: Array | None, dstate: Any = None) -> tuple[Array, Array, Array, State | None]:
+        check_cotangent("dout_t", dout, out if out.dtype == v_t.dtype else _cast(out, v_t.dtype, xp))
+        dstate = _check_state_cotangent(dstate, end)
+        do = xp.zeros_like(out) if dout is None else _cast(dout, acc, xp)
+        dnum = do * inverse[..., None]                                                                     # out = num · inverse
+        dden = -xp.sum(dnum * out, axis=-1)
+        ones = xp.ones_like(v[..., :1])
+        G, V = xp.concat([dnum, dden[..., None]], axis=-1), xp.concat([v, ones], axis=-1)                  # [num | den] = [S | z]ᵀ φ(q)
+        S, dS = (xp.concat([s.S, s.z[..., None]], axis=-1) for s in (before, dstate if dstate is not None else _zeros_like(end, xp)))
+        R, dfq, dfk, dV = causal_step_backward(G, dS, S, fq, fk, V)
+        dq, dk, dv = phi.backward(dfq, q), phi.backward(dfk, k), dV[..., :-1]
+        start = None if state is None else _state_like(R, State(*state), xp)
+        return _cast(dq, q_t.dtype, xp), _cast(dk, k_t.dtype, xp), _cast(dv, v_t.dtype, xp), start
+
+    return (_cast(out, v_t.dtype, xp), end), pullback
+
+
+# --- NumPy: φ, the column of ones and the quotient inside the loop over chunks --------------------------------------------------------
+
+def attention_forward(product: Callable[..., None], q: np.ndarray, k: np.ndarray, v: np.ndarray, start: np.ndarray, phi: FeatureMap,
+                      eps: float, query_lengths: Any = None, key_lengths: Any = None, chunk: int = CHUNK) -> tuple[np.ndarray, np.ndarray]:
+    """(out, [S | z] at the end) from [S_0 | z_0] = `start` (..., H, F, M+1); `product` is `running_product` or `full_product`."""
+    view = _viewer(k)
+    out, end = np.empty((*q.shape[:-1], v.shape[-1]), v.dtype), start.copy()
+
+    def work(Q: Any, K: Any, V: Any, O: Any, S: Any, nq: Any, nk: Any) -> None:
+        product(_mapped(Q, phi, nq), _mapped(K, phi, nk), _with_ones(V, nk), _quotient(O, eps, nq), S, sizes(Q, K), chunk)
+
+    each_stack(work, end, chunk, view(q), view(k), view(v), view(out), end, *_views_of_lengths(query_lengths, key_lengths, k))
+    return out, end
+
+
+def attention_backward(product: Callable[..., None], dout: np.ndarray, dend: np.ndarray | None, q: np.ndarray, k: np.ndarray,
+                       v: np.ndarray, start: np.ndarray, out: np.ndarray, phi: FeatureMap, eps: float, query_lengths: Any = None,
+                       key_lengths: Any = None, chunk: int = CHUNK) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Transpose of `attention_forward`: (dq, dk, dv, [dS_0 | dz_0]), by the derivation at the top of this file."""
+    view, acc = _viewer(k), start.dtype
+    dq, dk, dv = np.empty(q.shape, q.dtype), np.empty(k.shape, k.dtype), np.empty(v.shape, v.dtype)
+    S, R = start.copy(), np.zeros_like(start) if dend is None else dend.copy()
+
+    def work(Q: Any, K: Any, V: Any, O: Any, dO: Any, dQ: Any, dK: Any, dV: Any, S: Any, R: Any, nq: Any, nk: Any) -> None:
+        fq, fk, ones, V1 = _mapped(Q, phi, nq), _mapped(K, phi, nk), _ones(nk), _with_ones(V, nk)
+        # The denominators, a number a row, wait where dv will stand: extra memory stays constant in N
+        den = _scratch(dV, Q, acc)
+        z, Rt = S[..., -1:].copy(), R.mT.copy()
+        product(fq, fk, ones, writer(den), z, sizes(Q, K), chunk)                                     # den = f(φ(q), φ(k), 1; z_0)
+        G = _quotient_backward(dO, O, den, eps, nq)
+        product(G, V1, fk, _unmapped(dQ, Q, phi, nq), S.mT, sizes(Q, K), chunk)                       # dφ(q) = f(G, [v|1], φ(k))
+        product(V1, G, fq, _unmapped(dK, K, phi, nk), Rt, sizes(K, Q), chunk, reverse=True)           # dφ(k) = rev f(…)
+        product(fk, fq, G, _first(dV), R, sizes(K, Q), chunk, reverse=True)                           # dv, [dS_0 | dz_0]
+
+    each_stack(work, S, chunk, view(q), view(k), view(v), view(out), view(dout), view(dq), view(dk), view(dv), S, R,
+               *_views_of_lengths(query_lengths, key_lengths, k))
+    return dq, dk, dv, R
+
+
+def _mapped(x: np.ndarray, phi: FeatureMap, lengths: np.ndarray | None) -> Reader:
+    """φ of a block of x; zeros behind the length (φ(0) need not be 0)."""
+    read = reader(x, lengths)
+
+    def read_mapped(rows: slice, buffer: np.ndarray) -> None:
+        block = np.empty((*buffer.shape[:-1], x.shape[-1]), buffer.dtype)
+        read(rows, block)
+        np.copyto(buffer, phi.forward(block))
+        _clear_padding(buffer, rows, lengths)
+
+    return read_mapped
+
+
+def _unmapped(dx: np.ndarray, x: np.ndarray, phi: FeatureMap, lengths: np.ndarray | None) -> Store:
+    """Stores φ'(x)ᵀ dφ: y = φ(x) → dx = φ'(x)ᵀ dy; zeros behind the length."""
+    read, store = reader(x, lengths), writer(dx)
+
+    def store_unmapped(rows: slice, dy: np.ndarray) -> None:
+        block = np.empty((*dy.shape[:-1], x.shape[-1]), dy.dtype)
+        read(rows, block)
+        back = phi.backward(dy, block)
+        _clear_padding(back, rows, lengths)
+        store(rows, back)
+
+    return store_unmapped
+
+
+def _with_ones(v: np.ndarray, lengths: np.ndarray | None) -> Reader:
+    """[v | 1]; zeros behind the length."""
+    read, ones = reader(v, lengths), _ones(lengths)
+
+    def read_both(rows: slice, buffer: np.ndarray) -> None:
+        read(rows, buffer[..., :-1])
+        ones(rows, buffer[..., -1:])
+
+    return read_both
+
+
+def _ones(lengths: np.ndarray | None) -> Reader:
+    def read(rows: slice, buffer: np.ndarray) -> None:
+        buffer[...] = 1
+        _clear_padding(buffer, rows, lengths)
+
+    return read
+
+
+def _quotient(out: np.ndarray, eps: float, lengths: np.ndarray | None) -> Store:
+    """Stores num / (den + ε) of a block [num | den]; zeros behind the length."""
+    store = writer(out)
+
+    def store_quotient(rows: slice, block: np.ndarray) -> None:
+        quotient = block[..., :-1] * _inverse(block[..., -1:] + block.dtype.type(eps))
+        _clear_padding(quotient, rows, lengths)
+        store(rows, quotient)
+
+    return store_quotient
+
+
+def _quotient_backward(dout: np.ndarray, out: np.ndarray, den: np.ndarray, eps: float, lengths: np.ndarray | None) -> Reader:
+    """G = [do / (den + ε) | -(do · out) / (den + ε)]: out = num / (den + ε); zeros behind the length."""
+    read_do, read_out = reader(dout, lengths), reader(out, lengths)
+
+    def read(rows: slice, buffer: np.ndarray) -> None:
+        dnum, dden = buffer[..., :-1], buffer[..., -1]
+        read_do(rows, dnum)
+        dnum *= _inverse(den[..., rows, :].reshape(dden.shape) + buffer.dtype.type(eps))[..., None]
+        o = np.empty(dnum.shape, dnum.dtype)
+        read_out(rows, o)
+        np.negative(np.vecdot(dnum, o), out=dden)
+
+    return read
+
+
+def _first(dv: np.ndarray) -> Store:
+    """Stores a block without its last column, which belongs to the ones."""
+    store = writer(dv)
+    return lambda rows, block: store(rows, block[..., :-1])
+
+
+def _inverse(x: Any) -> Any:
+    """1 / x, and 0 where x is exactly 0: a row without keys is a row of zeros."""
+    if isinstance(x, np.ndarray):
+        return np.divide(1, x, out=np.zeros_like(x), where=x != 0)
+    xp, zero = namespace(x=x), x == 0
+    return xp.where(zero, xp.zeros_like(x), 1 / xp.where(zero, xp.ones_like(x), x))
+
+
+def _clear_padding(block: np.ndarray, rows: slice, lengths: np.ndarray | None) -> None:
+    if lengths is not None and lengths.size and rows.stop > lengths.min():
+        np.copyto(block, 0, where=~real_rows(lengths, rows, block.shape))
+
+
+def _scratch(dV: np.ndarray, Q: np.ndarray, acc: Any) -> np.ndarray:
+    """Room for one number per query, (h, G, N, 1): columns of dV (h, 1, L, M), not yet written, where they fit and lose no digits."""
+    h, G, N = Q.shape[:3]
+    if dV.dtype == acc and dV.shape[2] == N and dV.shape[3] >= G:
+        return dV[:, 0, :, :G].mT[..., None]
+    return np.empty((h, G, N, 1), acc)
+
+
+def _viewer(k: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    headed = k.ndim > 2
+    heads = k.shape[-3] if headed else 1
+    return lambda x: split_groups(x, heads, headed)
+
+
+def _views_of_lengths(query_lengths: Any, key_lengths: Any, k: np.ndarray) -> tuple[Any, Any]:
+    """Lengths as arrays (..., H, G) and (..., H, 1), to be cut into stacks beside the arrays that they belong to."""
+    if k.ndim == 2:
+        return tuple(None if x is None else x.reshape(1) for x in (query_lengths, key_lengths))            # type: ignore[return-value]
+    lead = k.shape[:-2]
+    nq = None if query_lengths is None else query_lengths.reshape(*lead, query_lengths.shape[-1] // max(lead[-1], 1))
+    return nq, None if key_lengths is None else key_lengths[..., None]
+
+
+# --- any other array library: the same in functions of the array API ------------------------------------------------------------------
+
+def attention_functional_forward(form: Callable[..., Any], q: Array, k: Array, v: Array, start: Array, phi: FeatureMap, eps: float,
+                                 query_lengths: Any = None, key_lengths: Any = None) -> tuple[Array, Array, tuple[Any, ...]]:
+    """(out, [S | z] at the end, residuals) by `form`: `causal_masked_forward`, `causal_scan_forward` or `linear_forward`."""
+    xp = namespace(q=q, k=k, v=v)
+    acc = accumulator(v.dtype)
+    real_q, real_k = _real(query_lengths, q, xp), _real(key_lengths, k, xp)
+    Q, K, V = (_keep(_cast(x, acc, xp), real, xp) for x, real in ((q, real_q), (k, real_k), (v, real_k)))
+    fq, fk = _keep(phi.forward(Q), real_q, xp), _keep(phi.forward(K), real_k, xp)
+    ones = _keep(xp.ones((*V.shape[:-1], 1), dtype=V.dtype), real_k, xp)
+    both, end, residuals = form(fq, fk, xp.concat([V, ones], axis=-1), start)                          # [num | den]
+    inverse = _inverse(both[..., -1:] + eps)
+    out = both[..., :-1] * inverse
+    return _cast(out, v.dtype, xp), end, (residuals, out, inverse, Q, K, real_q, real_k, phi, q.dtype)
+
+
+def attention_functional_backward(form: Callable[..., Any], dout: Array, dend: Array | None,
+                                  residuals: tuple[Any, ...]) -> tuple[Array, Array, Array, Array]:
+    """Transpose of `attention_functional_forward`: (dq, dk, dv, [dS_0 | dz_0]) by the form's own backward."""
+    inner, out, inverse, Q, K, real_q, real_k, phi, dtype = residuals
+    xp = namespace(Q=Q)
+    dnum = _keep(_cast(dout, Q.dtype, xp), real_q, xp) * inverse                                       # out = num · inverse
+    dden = -xp.sum(dnum * out, axis=-1, keepdims=True)
+    dfq, dfk, dV, dstart = form(xp.concat([dnum, dden], axis=-1), dend, inner)                         # [num | den] = f(φ(q), φ(k), [v | 1])
+    dq, dk = _keep(phi.backward(dfq, Q), real_q, xp), _keep(phi.backward(dfk, K), real_k, xp)
+    return _cast(dq, dtype, xp), _cast(dk, dtype, xp), _cast(_keep(dV[..., :-1], real_k, xp), dtype, xp), dstart
+
+
+def _real(lengths: np.ndarray | None, x: Array, xp: Any) -> Array | None:
+    """True at real positions, (..., N, 1)."""
+    if lengths is None:
+        return None
+    return xp.asarray((np.arange(x.shape[-2]) < lengths[..., None])[..., None])
+
+
+def _keep(x: Array, real: Array | None, xp: Any) -> Array:
+    return x if real is None else xp.where(real, x, xp.zeros_like(x))
+
+
+# --- what the public functions share --------------------------------------------------------------------------------------------------
+
+def _linear(q: Array, k: Array, v: Array, feature_map: Any, causal: bool, eps: float, query_lengths: Any,
+            key_lengths: Any) -> tuple[Array, Callable[[Array | None, None], Any]]:
+    xp, axes, phi, F, eps = _check(q, k, v, feature_map, eps, causal)
+    nq = check_lengths("query_lengths", query_lengths, axes.q_lead, axes.N, "N")
+    nk = check_lengths("key_lengths", key_lengths, axes.kv_lead, axes.L, "L")
+    start = xp.zeros((*axes.kv_lead, F, axes.M + 1), dtype=accumulator(v.dtype))
+    out, _, backward = _attend(causal, q, k, v, start, phi, eps, nq, nk, xp)
+    return out, backward
+
+
+def _causal(q: Array, k: Array, v: Array, state: State | None, feature_map: Any,
+            eps: float) -> tuple[Array, State, Callable[[Array | None, State | None], Any]]:
+    xp, axes, phi, F, eps = _check(q, k, v, feature_map, eps, True)
+    acc = accumulator(v.dtype)
+    if state is None:
+        start = xp.zeros((*axes.kv_lead, F, axes.M + 1), dtype=acc)
+    else:
+        state = _check_state(state, q, axes, F)
+        start = xp.concat([_cast(state.S, acc, xp), _cast(state.z, acc, xp)[..., None]], axis=-1)
+    out, end, inner = _attend(True, q, k, v, start, phi, eps, None, None, xp)
+
+    def backward(dout: Array | None, dstate: State | None) -> tuple[Array, Array, Array, State | None]:
+        dend = None if dstate is None else xp.concat([dstate.S, dstate.z[..., None]], axis=-1)
+        dq, dk, dv, dstart = inner(dout, dend)
+        return dq, dk, dv, None if state is None else _state_like(dstart, state, xp)
+
+    return out, _split(end, xp), backward
+
+
+def _attend(causal: bool, q: Array, k: Array, v: Array, start: Array, phi: FeatureMap, eps: float, nq: Any, nk: Any,
+            xp: Any) -> tuple[Array, Array, Callable[[Array | None, Array | None], Any]]:
+    """(out, end, backward) by the fast form for NumPy arrays, by the loop-free one for all others."""
+    if xp is np:
+        product = running_product if causal else full_product
+        chunk = {} if causal else {"chunk": 8 * CHUNK}                                                 # nothing there is quadratic in it
+        out, end = attention_forward(product, q, k, v, start, phi, eps, nq, nk, **chunk)
+        return out, end, lambda dout, dend: attention_backward(
+            product, np.broadcast_to(out.dtype.type(0), out.shape) if dout is None else dout, dend, q, k, v, start, out, phi, eps, nq, nk,
+            **chunk)
+    forms = (causal_scan_forward, causal_scan_backward) if causal else (linear_forward, linear_backward)
+    out, end, residuals = attention_functional_forward(forms[0], q, k, v, start, phi, eps, nq, nk)
+    return out, end, lambda dout, dend: attention_functional_backward(forms[1], xp.zeros_like(out) if dout is None else dout, dend,
+                                                                      residuals)
+
+
+def _step(fq: Array, fk: Array, v: Array, state: State, axes: Axes, eps: float, xp: Any) -> tuple[Array, State, Array]:
+    """(out_t, new state, 1 / (den + ε)) for mapped φ(q), φ(k)."""
+    num, S = causal_step(state.S, fq, fk, v)
+    z = state.z + fk
+    inverse = _inverse(xp.sum(fq * (z if axes.groups == 1 else xp.repeat(z, axes.groups, axis=-2)), axis=-1) + eps)
+    return num * inverse[..., None], State(S, z), inverse
+
+
+def _check(q: Array, k: Array, v: Array, feature_map: Any, eps: Any, causal: bool) -> tuple[Any, Axes, FeatureMap, int, float]:
+    xp = namespace(q=q, k=k, v=v)
+    check_dtypes(q=q, k=k, v=v)
+    axes = check_qkv(q, k, v, causal=causal)
+    phi = find_feature_map(feature_map)
+    return xp, axes, phi, feature_size(phi, axes.D, accumulator(v.dtype)), check_number("eps", eps, least=0)
+
+
+def _check_step(q_t: Array, k_t: Array, v_t: Array, state: Any, feature_map: Any, eps: Any) -> tuple[Any, Axes, FeatureMap, float, State]:
+    xp = namespace(q_t=q_t, k_t=k_t, v_t=v_t)
+    check_dtypes(q_t=q_t, k_t=k_t, v_t=v_t)
+    axes = check_qkv(q_t, k_t, v_t, causal=True, step=True)
+    phi, eps, acc = find_feature_map(feature_map), check_number("eps", eps, least=0), accumulator(v_t.dtype)
+    F = feature_size(phi, axes.D, acc)
+    if state is None:
+        zeros = State(xp.zeros((*axes.kv_lead, F, axes.M), dtype=acc), xp.zeros((*axes.kv_lead, F), dtype=acc))
+        return xp, axes, phi, eps, zeros
+    state = _check_state(state, q_t, axes, F)
+    return xp, axes, phi, eps, State(_cast(state.S, acc, xp), _cast(state.z, acc, xp))
+
+
+def _check_state(state: Any, q: Array, axes: Axes, F: int) -> State:
+    if not isinstance(state, tuple) or len(state) != 2:
+        raise TypeError(f"state: expected State(S, z) as a former call returned it, got {type(state).__name__}")
+    state = State(*state)
+    namespace(q=q, **{"state.S": state.S, "state.z": state.z})
+    symbols = "(..., H, F, M)" if axes.headed else "(F, M)"
+    check_shape("state.S", state.S, symbols, (*axes.kv_lead, F, axes.M), "k, v and the feature map give these sizes")
+    check_shape("state.z", state.z, symbols.replace(", M", ""), (*axes.kv_lead, F), "k and the feature map give these sizes")
+    check_state_dtype(state.S, q, "state.S")
+    check_state_dtype(state.z, q, "state.z")
+    return state
+
+
+def check_state_dtype(S: Array, q: Array, name: str = "state") -> None:
+    """A state has the accumulator dtype; that of the inputs is taken too (it loses nothing)."""
+    accepted = (dtype_name(q), str(np.dtype(accumulator(q.dtype)).name) if dtype_name(q) in ("float16", "bfloat16") else dtype_name(q))
+    if dtype_name(S) not in accepted:
+        raise TypeError(f"{name} is {dtype_name(S)} and q is {dtype_name(q)}: expected a state in {accepted[1]}; nothing is cast silently")
+
+
+def _check_state_cotangent(dstate: Any, end: State) -> State | None:
+    if dstate is None:
+        return None
+    if not isinstance(dstate, tuple) or len(dstate) != 2:
+        raise TypeError(f"dstate: expected State(dS, dz), either of them None if zero, or None, got {type(dstate).__name__}")
+    check_cotangent("dstate.S", dstate[0], end.S)
+    check_cotangent("dstate.z", dstate[1], end.z)
+    xp = namespace(S=end.S)
+    return State(*(xp.zeros_like(x) if d is None else d for d, x in zip(dstate, end, strict=True)))
+
+
+def _split(both: Array, xp: Any) -> State:
+    """[S | z] as State(S, z), each its own array."""
+    S, z = both[..., :-1], both[..., -1]
+    return State(np.ascontiguousarray(S), np.ascontiguousarray(z)) if xp is np else State(S, z)
+
+
+def _state_like(both: Array, state: State, xp: Any) -> State:
+    S, z = _split(both, xp)
+    return State(_cast(S, state.S.dtype, xp), _cast(z, state.z.dtype, xp))
+
+
+def _zeros_like(state: State, xp: Any) -> State:
+    return State(xp.zeros_like(state.S), xp.zeros_like(state.z))
+
+
+def _cast(x: Array, dtype: Any, xp: Any) -> Array:
+    if x.dtype == dtype:
+        return x
+    return x.astype(dtype) if hasattr(x, "astype") else xp.astype(x, dtype)

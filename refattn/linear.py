@@ -1,0 +1,76 @@
+"""Non-causal linear attention's bare product: every query sees every key, in linear time.
+
+    o_i = (S_0 + Σ_j k_j v_jᵀ)ᵀ q_i          (Q Kᵀ) V = Q (Kᵀ V)                                            (eq. 5, eq. 6)
+
+No feature map and no normaliser: `attention` puts them around it. N queries and L keys need not be equally many.
+
+**Closed under its own transpose,** as the causal sum is: with f(q, k, v; S) for the outputs,
+
+    dq = f(do, v, k; S_0ᵀ)      dk = f(v, do, q; dSᵀ)      dv = f(k, q, do; dS)      dS_0 = dS + Σ_i q_i do_iᵀ
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ._array import Array
+from ._blocks import Reader, blocks
+from .causal import Residuals, Store, _cotangent_state, _functional, _grouped, _like, _like_state, _over_group, _positions, _squeeze, _t
+
+BLOCK = 256    # positions at a time; nothing here is quadratic in it
+
+
+def linear_forward(q: Array, k: Array, v: Array, state: Array | None = None) -> tuple[Array, Array, Residuals]:
+    """S = S_0 + Kᵀ V,  O = Q S. Any array-API namespace, object arrays too; 2·(N + L)·D·M flops, nothing quadratic.
+
+    Shapes as in `causal_chunked_forward`, but for L keys; returns (out, S, residuals).
+
+    >>> q, k, v = np.ones((2, 1)), np.ones((3, 1)), np.array([[1.], [2.], [3.]])
+    >>> linear_forward(q, k, v)[0].ravel()
+    array([6., 6.])
+    """
+    xp, (Q, K, V), S, give_back = _functional(q, k, v, state)
+    S = S + _t(K) @ V
+    return give_back(Q @ S), _squeeze(S), (q, k, v, state)
+
+
+def linear_backward(dout: Array, dstate: Array | None, residuals: Residuals) -> tuple[Array, Array, Array, Array]:
+    """Transpose of `linear_forward`, its two lines in reverse; returns (dq, dk, dv, dstate0).
+
+    >>> q, k, v = np.ones((2, 1)), np.ones((3, 1)), np.array([[1.], [2.], [3.]])
+    >>> dq, dk, dv, _ = linear_backward(np.array([[1.], [2.]]), None, linear_forward(q, k, v)[2])
+    >>> dq.ravel(), dk.ravel(), dv.ravel()
+    (array([ 6., 12.]), array([3., 6., 9.]), array([3., 3., 3.]))
+    """
+    q, k, v, state = residuals
+    xp, (Q, K, V), S, _ = _functional(q, k, v, state)
+    dO, R = _grouped(dout, K, xp), _cotangent_state(dstate, S, xp)
+    S = S + _t(K) @ V
+    dq = dO @ _t(S)                              # O = Q @ S
+    R = R + _over_group(_t(Q) @ dO, xp)          # O = Q @ S
+    dk, dv = V @ _t(R), K @ R                    # S = S_0 + Kᵀ @ V
+    return _like(dq, q, xp), _like(dk, k, xp), _like(dv, v, xp), _like_state(R, state, xp)
+
+
+def full_product(read_q: Reader, read_k: Reader, read_v: Reader, store: Store, S: np.ndarray, size: tuple[int, int, int, int, int],
+                 chunk: int = BLOCK, reverse: bool = False) -> None:
+    """S ← S + Σ_j k_j v_jᵀ in place, then o_i = Sᵀ q_i, for a stack of heads: `causal.running_product` without the mask.
+
+    `size` = (heads, Gq, Gk, N, L). The order of the positions (`reverse`) does not matter here.
+    """
+    heads, gq, gk, n, m = size
+    D, M = S.shape[-2:]
+    own = np.empty_like(S)
+    for rows in blocks(m, chunk):
+        c = rows.stop - rows.start
+        K, V = np.empty((heads, 1, gk * c, D), S.dtype), np.empty((heads, 1, gk * c, M), S.dtype)
+        read_k(rows, _positions(K, c))
+        read_v(rows, _positions(V, c))
+        np.matmul(K[:, 0].mT, V[:, 0], out=own)
+        np.add(S, own, out=S)
+    for rows in blocks(n, chunk):
+        c = rows.stop - rows.start
+        Q = np.empty((heads, 1, gq * c, D), S.dtype)
+        read_q(rows, _positions(Q, c))
+        store(rows, _positions(Q @ S[:, None], c))
