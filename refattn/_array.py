@@ -6,6 +6,7 @@ Keys and values may have fewer heads than queries (grouped queries): query head 
 from __future__ import annotations
 
 import sys
+from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -69,7 +70,12 @@ def namespace(**arrays: Array) -> ModuleType:
 
 
 def dtype_name(x: Array) -> str:
-    return str(getattr(x.dtype, "name", x.dtype)).rpartition(".")[2]
+    return _name(x.dtype)
+
+
+@lru_cache
+def _name(dtype: Any) -> str:
+    return str(getattr(dtype, "name", dtype)).rpartition(".")[2]
 
 
 def check_dtypes(**arrays: Array) -> None:
@@ -85,10 +91,10 @@ def check_dtypes(**arrays: Array) -> None:
             raise TypeError(f"{first} is {names[first]} and {name} is {dtype}; cast one of them, nothing is cast silently")
 
 
+@lru_cache
 def accumulator(dtype: Any) -> Any:
     """The dtype that sums are kept in: float32 for float16 and bfloat16, else the dtype itself (native byte order)."""
-    name = str(getattr(dtype, "name", dtype))
-    if name in ("float16", "bfloat16"):
+    if _name(dtype) in ("float16", "bfloat16"):
         return np.dtype(np.float32)
     return dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype
 

@@ -511,9 +511,11 @@ def _check_state(state: Any, q: Array, axes: Axes, F: int) -> State:
 
 def check_state_dtype(S: Array, q: Array, name: str = "state") -> None:
     """A state has the accumulator dtype; that of the inputs is taken too (it loses nothing)."""
-    accepted = (dtype_name(q), str(np.dtype(accumulator(q.dtype)).name) if dtype_name(q) in ("float16", "bfloat16") else dtype_name(q))
-    if dtype_name(S) not in accepted:
-        raise TypeError(f"{name} is {dtype_name(S)} and q is {dtype_name(q)}: expected a state in {accepted[1]}; nothing is cast silently")
+    given, inputs = dtype_name(S), dtype_name(q)
+    if given != inputs:
+        wide = "float32" if inputs in ("float16", "bfloat16") else inputs
+        if given != wide:
+            raise TypeError(f"{name} is {given} and q is {inputs}: expected a state in {wide}; nothing is cast silently")
 
 
 def _check_state_cotangent(dstate: Any, end: State) -> State | None:

@@ -314,6 +314,8 @@ def causal_step(state: Array, q_t: Array, k_t: Array, v_t: Array) -> tuple[Array
     >>> out, state
     (array([3.]), array([[3.]]))
     """
+    if isinstance(state, np.ndarray) and state.nbytes > BUFFER_BYTES and state.dtype.kind == "f":
+        return _step_in_stacks(state, q_t, k_t, v_t)
     S = state + k_t[..., :, None] * v_t[..., None, :]
     if q_t.ndim == 1 or q_t.shape[-2] == k_t.shape[-2]:
         return (q_t[..., None, :] @ S)[..., 0, :], S
@@ -339,6 +341,26 @@ def causal_step_backward(dout_t: Array, dstate: Array, state: Array, q_t: Array,
     dk = (R @ v_t[..., :, None])[..., 0]                                                        # S = state + k vᵀ
     dv = (k_t[..., None, :] @ R)[..., 0, :]
     return R, dq, dk, dv
+
+
+def _step_in_stacks(state: np.ndarray, q_t: np.ndarray, k_t: np.ndarray, v_t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`causal_step` for states larger than the cache: a few heads at a time, so that each state is read once and written once.
+
+    The outer product k vᵀ is a matrix product [k 0] [v 0]ᵀ: BLAS takes four times less for two columns than NumPy for one."""
+    S, out = np.empty(state.shape, state.dtype), np.empty((*q_t.shape[:-1], v_t.shape[-1]), state.dtype)
+    k2, v2 = (np.zeros((*x.shape[:-1], 2, x.shape[-1]), state.dtype) for x in (k_t, v_t))
+    k2[..., 0, :], v2[..., 0, :] = k_t, v_t
+
+    def work(before: Any, q: Any, k: Any, v: Any, after: Any, o: Any) -> None:
+        np.matmul(k.mT, v, out=after)
+        np.add(before, after, out=after)
+        np.matmul(q, after, out=o)
+
+    lead = state.shape[:-2]
+    most = max(BUFFER_BYTES // max(state[(0,) * len(lead)].nbytes, 1), 1)
+    arrays = (state, _group_step(q_t, k_t, np), k2, v2, S, _group_step(out, k_t, np))
+    over_heads(work, list(stacks(lead, *arrays, most=most)), 4.0 * state.size)
+    return out, S
 
 
 def _group_step(x_t: Array, k_t: Array, xp: Any) -> Array:
