@@ -31,13 +31,13 @@ test: lint
 	@$(RUN) -W error -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/test.stamp
-	@$(RUN) -m $(RUFF) refattn tests examples
+	@$(RUN) -m $(RUFF) $(wildcard refattn tests examples)
 	@$(RUN) -m mypy
 	@echo "lint: ruff and mypy found nothing"
 
 clean:
 	rm -rf .venv .venv-* build dist out *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache .coverage
-	find refattn tests examples -name __pycache__ -prune -exec rm -rf {} +
+	find $(wildcard refattn tests examples) -name __pycache__ -prune -exec rm -rf {} +
 
 # test.stamp waits for demo.stamp, so that under make -j no two pips write into one environment.
 $(VENV)/test.stamp: $(VENV)/demo.stamp
@@ -45,12 +45,13 @@ $(VENV)/test.stamp: $(VENV)/demo.stamp
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
 
-$(VENV)/demo.stamp: $(VENV)/pyvenv.cfg setup.cfg
+$(VENV)/demo.stamp: $(VENV)/venv.stamp setup.cfg
 	@echo "$(VENV): installing refattn and what the demo needs"
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
 	@touch $@
 
-$(VENV)/pyvenv.cfg:
+# Not pyvenv.cfg: that is there before pip is, and would stay when the rest fails.
+$(VENV)/venv.stamp:
 	@command -v $(PYTHON) >/dev/null || \
 	  { echo "$(PYTHON) is not installed; name another interpreter, for example: PYTHON=python3.12 make test" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -59,3 +60,4 @@ $(VENV)/pyvenv.cfg:
 	  { echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "$(VENV): a new environment with $(PYTHON)"
 	@$(PYTHON) -m venv $(VENV)
+	@touch $@
