@@ -1,0 +1,467 @@
+"""`python -m refattn demo`: the paper's claim on real scans, from the equations to pictures, in about three minutes.
+
+    1. every form of attention is fed with handwritten digits and held against its definition
+    2. a causal linear transformer learns to predict each pixel from the pixels before it:  p(x) = Π_i p(x_i | x_<i)
+    3. the same weights, run as an RNN (eq. 16-20 of the paper), draw digits and complete half-shown ones
+    4. that RNN is timed beside softmax attention of the same size, with a key/value cache and recomputed
+
+The digits are those that scikit-learn carries: 1,797 scans of 8 × 8 pixels with 17 levels of ink, so sequences of 64 tokens out of 17.
+Training is a fixed number of updates, not a fixed time: where it stops, and so every weight, does not depend on how fast or how often
+interrupted the machine is. A checkpoint holds all that the next update depends on.
+"""
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import oracle
+from ._array import missing_extra
+from .attention import causal_linear_attention, causal_linear_attention_step, linear_attention
+from .causal import (causal_chunked_backward, causal_chunked_forward, causal_masked_backward, causal_masked_forward, causal_scan_backward,
+                     causal_scan_forward, causal_step)
+from .checkpoint import checkpoint_load, checkpoint_save, replace_file
+from .generate import generate, generate_recomputed
+from .losses import bits, cross_entropy_backward, cross_entropy_forward
+from .optim import AdamSlots, adam_init, clip_by_global_norm, cosine_rate, radam_step, warm_up
+from .softmax import softmax_attention, softmax_step
+from .testing import budgets
+from .transformer import Config, transformer_backward, transformer_forward, transformer_init
+
+Params = dict[str, np.ndarray]
+
+LEVELS, SIDE = 17, 8
+PIXELS = SIDE * SIDE
+HELD_OUT = 297
+UPDATES_PER_MINUTE = 400          # on two ordinary cores
+CHECKPOINT_SECONDS = 5.0
+
+
+class Plan(NamedTuple):
+    """All that decides the trained weights, beside the data and the machine's arithmetic. A checkpoint is resumed only by the same plan."""
+
+    seed: int
+    updates: int
+    batch: int = 50
+    learning_rate: float = 4e-3
+    warm_up: int = 50
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    width: int = 64
+    heads: int = 4
+    layers: int = 3
+
+    def config(self, attention: str = "linear", length: int = PIXELS) -> Config:
+        return Config(vocabulary=LEVELS, length=length, width=self.width, heads=self.heads, layers=self.layers,
+                      feed_forward=4 * self.width, attention=attention)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; returns the exit code: 0 done, 1 wrong (said on stderr), 130 interrupted (the same command goes on)."""
+    parser = argparse.ArgumentParser("python -m refattn demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=os.path.join("out", "demo"), metavar="FOLDER",
+                        help="where the checkpoint and the picture go (default: %(default)s)")
+    parser.add_argument("--minutes", type=_minutes, default=2.0, metavar="M",
+                        help=f"training budget, counted as {UPDATES_PER_MINUTE} updates a minute on every machine (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S",
+                        help="of the weights, the order of the images and what is drawn (default: %(default)s)")
+    parser.add_argument("--smoke", action="store_true",
+                        help="a tiny model and a few updates, to see that everything runs: takes seconds, draws noise")
+    chosen = parser.parse_args(argv)
+    if chosen.seed < 0:
+        parser.error(f"--seed: expected an integer ≥ 0, got {chosen.seed}")
+    plan = (Plan(chosen.seed, updates=12, batch=20, warm_up=2, width=16, heads=2, layers=2) if chosen.smoke else
+            Plan(chosen.seed, updates=max(round(chosen.minutes * UPDATES_PER_MINUTE), 1)))
+    try:
+        demo(chosen.out, plan, few=chosen.smoke)
+    except (OSError, ValueError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ndemo: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def demo(out: str, plan: Plan, *, few: bool = False) -> None:
+    """All four parts, printed as they come; the checkpoint and the picture go to the folder `out`. `few`: less to draw and to time."""
+    scans = digits_load()
+    os.makedirs(out, exist_ok=True)
+    _say(f"refattn demo: NumPy {np.__version__}, {_cores()} cores, seed {plan.seed}, folder {out}")
+    _say(f"\n{len(scans.train) + len(scans.test):,} handwritten digits, {SIDE} × {SIDE} pixels of {LEVELS} levels of ink: "
+         f"{len(scans.train):,} to learn from, {len(scans.test)} held out")
+
+    _say("\n1. Every form of attention on these scans, against its definition in float64\n")
+    _say(f"   {'form':<44} {'worst error':>11}  {'bound there':>11}  error / bound")
+    for line in agreement(scans.train[: 2 if few else 8]):
+        _say(f"   {line.form:<44} {line.error:11.1e}  {line.bound:11.1e}  {line.ratio:.3f}")
+        if not line.ratio <= 1:
+            raise ValueError(f"{line.form}: its error is {line.ratio:.3g} times the derived bound; the forms disagree on this machine")
+
+    histogram = histogram_fit(scans.train)
+    uniform, known = math.log2(LEVELS), (histogram_bits(histogram, scans.train), histogram_bits(histogram, scans.test))
+    config = plan.config()
+    fresh = transformer_init(np.random.default_rng(plan.seed), config)
+    _say(f"\n2. Training: a causal linear transformer, {plan.layers} layers of width {plan.width}, {plan.heads} heads, "
+         f"{sum(x.size for x in fresh.values()):,} weights, float32;\n"
+         f"   {plan.updates} updates of {plan.batch} images (a fixed number: an interrupted run ends with the same weights)\n")
+    state = train(os.path.join(out, "checkpoint.safetensors"), plan, scans)
+    final = bits_per_pixel(state.params, scans.train, config), bits_per_pixel(state.params, scans.test, config)
+    _say(f"\n   {'bits per pixel':<34} {'training':>8}  {'held out':>8}")
+    for name, (a, b) in (("uniform: log2 17", (uniform, uniform)), ("histogram of each pixel", known), ("linear transformer", final)):
+        _say(f"   {name:<34} {a:8.3f}  {b:8.3f}")
+    _say(f"   trained in {state.seconds:.0f} s, interruptions left out")
+
+    _say("\n3. The same weights as an RNN, a pixel at a time\n")
+    path = os.path.join(out, "digits.png")
+    draw(path, state.params, config, scans, np.random.default_rng([plan.seed, 2]), rows=1 if few else 4)
+    _say(f"   drawn and completed digits: {path}")
+
+    _say("\n4. Images per second, the same model size, float32, all in one run\n")
+    _say(speed_table(plan, few=few))
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _minutes(text: str) -> float:
+    minutes = float(text)
+    if not 0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number of minutes, got {text}")
+    return minutes
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# --- the data --------------------------------------------------------------------------------------------------------------------------
+
+class Scans(NamedTuple):
+    """Images as rows of 64 levels 0 … 16, top left to bottom right, and which digit each of the held-out ones is."""
+
+    train: np.ndarray
+    test: np.ndarray
+    test_digit: np.ndarray
+
+
+def digits_load() -> Scans:
+    """scikit-learn's bundled scans, shuffled once for good, the last 297 held out.
+
+    Raises ImportError, with the command that installs it, if scikit-learn is missing. Nothing is downloaded.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError:
+        raise missing_extra("scikit-learn", "demo") from None
+    images, digit = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(images))       # not the run's seed: figures of different seeds can be compared
+    tokens, digit = images[order].astype(np.int64), digit[order]
+    return Scans(tokens[:-HELD_OUT], tokens[-HELD_OUT:], digit[-HELD_OUT:])
+
+
+def shift(images: np.ndarray) -> np.ndarray:
+    """What the model reads when it predicts `images`: 0, x_0, …, x_62. (Its position tells the first 0 from ink that is not there.)
+
+    >>> shift(np.array([[3, 1, 2]]))
+    array([[0, 3, 1]])
+    """
+    return np.concatenate([np.zeros_like(images[:, :1]), images[:, :-1]], axis=1)
+
+
+# --- the baseline ----------------------------------------------------------------------------------------------------------------------
+
+def histogram_fit(images: np.ndarray) -> np.ndarray:
+    """p (N, 17): how often each pixel has each level, one added to every count (Laplace), so that nothing is impossible.
+
+    >>> histogram_fit(np.array([[0], [0], [1]]))[0, :3] * 20
+    array([3., 2., 1.])
+    """
+    counts = np.stack([np.bincount(pixel, minlength=LEVELS) for pixel in images.T]) + 1.0
+    return counts / counts.sum(axis=1, keepdims=True)
+
+
+def histogram_bits(histogram: np.ndarray, images: np.ndarray) -> float:
+    """Mean of -log2 p_i(x_i): bits per pixel if all pixels were independent."""
+    return float(-np.log2(histogram[np.arange(images.shape[1]), images]).mean())
+
+
+# --- 1: the forms agree ----------------------------------------------------------------------------------------------------------------
+
+class Agreement(NamedTuple):
+    form: str
+    error: float
+    bound: float
+    ratio: float
+
+
+def agreement(images: np.ndarray) -> Iterator[Agreement]:
+    """Each form on `images`: its largest error, the bound at that element, and the largest ratio of error to bound anywhere.
+
+    Two heads read each scan row by row and column by column. Position i's key is the 3 × 3 pixels around it, its query the same turned
+    half round, its value the five pixels of a cross: D = 9, M = 5. As integers they make every sum exact, in float32 too (64·9·16³ < 2²⁴):
+    the bound is 0. Scaled to [-1, 1] they go through φ, division and exp, and meet a bound of rounding errors.
+    """
+    square, cross = _neighbourhoods(images)
+    yield from _agreement_on_integers(square, cross)
+    k, v = (square / 8 - 1).astype(np.float32), (cross / 8 - 1).astype(np.float32)
+    q = k[..., ::-1].copy()
+    for causal in (True, False):
+        sees = "causal" if causal else "all"
+        truth, size = (oracle.linear_attention(q, k, x, causal=causal) for x in (v, np.abs(v)))
+        # φ: 8 roundings for each of q and k; D products and N sums above and below the line; one division
+        bound = budgets.gamma(2 * (16 + 9 + PIXELS) + 2, np.float32) * size
+        yield _compare(f"linear attention, {sees}", [linear_attention(q, k, v, causal=causal)], [truth], [bound])
+        if causal:
+            head, state = causal_linear_attention(q[..., :21, :], k[..., :21, :], v[..., :21, :])
+            tail, _ = causal_linear_attention(q[..., 21:, :], k[..., 21:, :], v[..., 21:, :], state)
+            yield _compare("linear attention, causal, in two pieces", [np.concatenate([head, tail], -2)], [truth], [bound])
+            yield _compare("linear attention, causal, as an RNN", [_stepwise(causal_linear_attention_step, q, k, v)], [truth], [bound])
+        truth, size = (oracle.softmax_attention(q, k, x, causal=causal) for x in (v, np.abs(v)))
+        # a score is off by at most γ·|q|·|k|/√D, its difference to the largest score by twice that; exp makes it relative, in both sums
+        score = 2 * budgets.gamma(9 + 3, np.float32) * (np.abs(q) @ np.abs(k).mT).max(-1, keepdims=True).astype(np.float64) / 3
+        bound = (np.expm1(2 * score) + budgets.gamma(2 * (8 + PIXELS) + 2, np.float32)) * size
+        yield _compare(f"softmax attention, {sees}", [softmax_attention(q, k, v, causal=causal)], [truth], [bound])
+        if causal:
+            yield _compare("softmax attention, causal, from its cache", [_stepwise(softmax_step, q, k, v)], [truth], [bound])
+
+
+def _agreement_on_integers(square: np.ndarray, cross: np.ndarray) -> Iterator[Agreement]:
+    k, v = square.astype(np.float32), cross.astype(np.float32)
+    q, dout = k[..., ::-1].copy(), v[..., ::-1].copy()
+    zero = np.zeros((*k.shape[:-2], k.shape[-1], v.shape[-1]), np.float32)
+    truth, _ = oracle.recurrence(q, k, v)
+    gradients = oracle.recurrence_gradients(q, k, v, zero, dout, zero)
+    for name, forward, backward in (("masked", causal_masked_forward, causal_masked_backward),
+                                    ("chunked", causal_chunked_forward, causal_chunked_backward),
+                                    ("scan", causal_scan_forward, causal_scan_backward)):
+        out, _, residuals = forward(q, k, v)
+        yield _compare(f"causal sum on integers, {name}", [out], [truth], [0])
+        yield _compare(f"causal sum on integers, {name}, backward", backward(dout, None, residuals), gradients, [0] * 4)
+    state, out = zero, np.empty_like(v)
+    for i in range(PIXELS):
+        out[..., i, :], state = causal_step(state, q[..., i, :], k[..., i, :], v[..., i, :])
+    yield _compare("causal sum on integers, as an RNN", [out], [truth], [0])
+
+
+def _stepwise(step: Callable[..., tuple[np.ndarray, Any]], q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    state, out = None, np.empty_like(v)
+    for i in range(q.shape[-2]):
+        out[..., i, :], state = step(q[..., i, :], k[..., i, :], v[..., i, :], state)
+    return out
+
+
+def _neighbourhoods(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(B, 2, 64, 9) and (B, 2, 64, 5): the pixels around each pixel, read along rows (head 0) and along columns (head 1)."""
+    scans = images.reshape(-1, SIDE, SIDE)
+    both = np.pad(np.stack([scans, scans.mT], axis=1), ((0, 0), (0, 0), (1, 1), (1, 1)))
+    square = np.lib.stride_tricks.sliding_window_view(both, (3, 3), axis=(2, 3)).reshape(len(scans), 2, PIXELS, 9)
+    return square, square[..., [1, 3, 4, 5, 7]]
+
+
+def _compare(form: str, actual: Sequence[np.ndarray], expected: Sequence[np.ndarray], bounds: Sequence[Any]) -> Agreement:
+    """The worst of several outputs: the one whose error is the largest part of its bound."""
+    worst = Agreement(form, 0.0, 0.0, -1.0)
+    for a, e, b in zip(actual, expected, bounds):
+        error, b, ratio = np.abs(a.astype(np.float64) - e), np.broadcast_to(b, e.shape), budgets.worst_ratio(a, e, b)
+        if ratio > worst.ratio:
+            at = np.unravel_index(np.argmax(error), error.shape)
+            worst = Agreement(form, float(error[at]), float(b[at]), ratio)
+    return worst
+
+
+# --- 2: training, interrupted at any moment --------------------------------------------------------------------------------------------
+
+class Training(NamedTuple):
+    """All that the next update depends on, and what is worth telling. A value: `train_step` returns the next one."""
+
+    params: Params
+    slots: AdamSlots
+    order: np.ndarray                 # the images of this epoch, shuffled
+    position: int                     # how many of them are used
+    rng: Mapping[str, Any]            # the state of the generator that shuffles
+    update: int
+    seconds: float                    # spent on updates so far, over all runs
+    history: list[dict[str, float]]
+
+
+def train_init(plan: Plan, images: int) -> Training:
+    """The state before the first update."""
+    params = transformer_init(np.random.default_rng(plan.seed), plan.config())
+    rng = np.random.default_rng([plan.seed, 1])
+    return Training(params, adam_init(params), rng.permutation(images), 0, rng.bit_generator.state, 0, 0.0, [])
+
+
+def train_step(state: Training, images: np.ndarray, plan: Plan) -> tuple[Training, float]:
+    """One update on the next `plan.batch` images; returns the state after it and the loss before it, in bits per pixel."""
+    order, position, rng = state.order, state.position, state.rng
+    if position + plan.batch > len(order):              # the few that are left over have their turn in another epoch
+        shuffler = np.random.default_rng()
+        shuffler.bit_generator.state = rng
+        order, position, rng = shuffler.permutation(len(order)), 0, shuffler.bit_generator.state
+    batch = images[order[position: position + plan.batch]]
+    logits, residuals = transformer_forward(state.params, shift(batch), plan.config())
+    loss, r_loss = cross_entropy_forward(logits, batch)
+    grads, _ = clip_by_global_norm(transformer_backward(cross_entropy_backward(1.0, r_loss), residuals), plan.clip)
+    rate = warm_up(state.update, plan.warm_up) * cosine_rate(state.update, plan.learning_rate, plan.updates)
+    params, slots = radam_step(state.params, grads, state.slots, learning_rate=rate, weight_decay=plan.weight_decay)
+    state = state._replace(params=params, slots=slots, order=order, position=position + plan.batch, rng=rng, update=state.update + 1)
+    return state, float(bits(loss))
+
+
+def training_save(path: str, state: Training, plan: Plan) -> None:
+    """One file: every array by name, the rest as its record."""
+    parts = {"params": state.params, "mean": state.slots.mean, "square": state.slots.square}
+    arrays = {f"{part}/{name}": x for part, named in parts.items() for name, x in named.items()}
+    record = {"plan": plan._asdict(), "steps": state.slots.steps, "position": state.position, "rng": state.rng, "update": state.update,
+              "seconds": state.seconds, "history": state.history}
+    checkpoint_save(path, {"order": state.order, **arrays}, record)
+
+
+def training_load(path: str, plan: Plan) -> Training:
+    """What `training_save` wrote; ValueError if it was written under another plan."""
+    arrays, record = checkpoint_load(path)
+    theirs = record.get("plan", {})
+    other = [f"{name} = {theirs.get(name)} (now {value})" for name, value in plan._asdict().items() if theirs.get(name) != value]
+    if other:
+        raise ValueError(f"{path}: a training with {', '.join(other)}; ask for the same, name another folder with --out, or delete the file")
+
+    def named(part: str) -> Params:
+        return {name.removeprefix(part): x for name, x in arrays.items() if name.startswith(part)}
+
+    return Training(named("params/"), AdamSlots(record["steps"], named("mean/"), named("square/")), arrays["order"], record["position"],
+                    record["rng"], record["update"], record["seconds"], record["history"])
+
+
+def train(path: str, plan: Plan, scans: Scans) -> Training:
+    """Train to the last update of the plan, from the checkpoint if there is one, saving every few seconds and at the end."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        raise missing_extra("tqdm", "demo") from None
+    state = training_load(path, plan) if os.path.exists(path) else train_init(plan, len(scans.train))
+    _say(f"   {'update':>6}  {'seconds':>7}  {'training':>8}  {'held out':>8}   bits per pixel")
+    for row in state.history:
+        _say(_history_row(row))
+    if state.update:
+        _say(f"   {path}: going on from update {state.update}" if state.update < plan.updates else f"   {path}: trained already")
+    shown = {round(plan.updates * part / 8) for part in range(1, 9)}
+    saved = time.perf_counter()
+    loss = None
+    with tqdm(total=plan.updates, initial=state.update, desc="   training", unit="update", disable=None, leave=False) as bar:
+        while state.update < plan.updates:
+            start = time.perf_counter()
+            state, now = train_step(state, scans.train, plan)
+            state = state._replace(seconds=state.seconds + time.perf_counter() - start)
+            loss = now if loss is None else 0.95 * loss + 0.05 * now
+            bar.set_postfix_str(f"{loss:.3f} bits per pixel", refresh=False)
+            bar.update()
+            if state.update in shown:
+                seen, held_out = (bits_per_pixel(state.params, x, plan.config()) for x in (scans.train[:HELD_OUT], scans.test))
+                row = {"update": state.update, "seconds": state.seconds, "training": seen, "held out": held_out}
+                state = state._replace(history=[*state.history, row])
+                with tqdm.external_write_mode():
+                    _say(_history_row(row))
+            if time.perf_counter() - saved > CHECKPOINT_SECONDS or state.update == plan.updates:
+                training_save(path, state, plan)
+                saved = time.perf_counter()
+    return state
+
+
+def _history_row(row: dict[str, float]) -> str:
+    return f"   {row['update']:6.0f}  {row['seconds']:7.1f}  {row['training']:8.3f}  {row['held out']:8.3f}"
+
+
+def bits_per_pixel(params: Params, images: np.ndarray, config: Config) -> float:
+    """Mean of -log2 p(x_i | x_<i) over all pixels of all images: a code of that many bits could store them."""
+    nats = 0.0
+    for i in range(0, len(images), 100):
+        some = images[i: i + 100]
+        logits, _ = transformer_forward(params, shift(some), config)
+        nats += float(cross_entropy_forward(logits, some)[0]) * len(some)
+    return float(bits(nats / len(images)))
+
+
+# --- 3: drawing ------------------------------------------------------------------------------------------------------------------------
+
+def draw(path: str, params: Params, config: Config, scans: Scans, rng: np.random.Generator, *, rows: int) -> None:
+    """Draw `rows` rows of digits, complete the lower half of ten held-out scans `rows` - 1 times (at least once), save one PNG."""
+    begin = np.zeros((10 * rows, 1), np.int64)
+    drawn = generate(params, config, begin, PIXELS, rng)[:, 1:]
+    originals = scans.test[[np.flatnonzero(scans.test_digit == digit)[0] for digit in range(10)]]
+    half = PIXELS // 2
+    tries = max(rows - 1, 1)
+    prompt = np.tile(np.concatenate([begin[:10], originals[:, :half]], axis=1), (tries, 1))
+    completed = generate(params, config, prompt, PIXELS - half, rng)[:, 1:]
+    shown = originals.astype(float)
+    shown[:, half:] = np.nan
+    _figure(path, np.reshape(drawn, (rows, 10, PIXELS)),
+            {"shown half": shown, **{f"completion {i + 1}": completed[10 * i: 10 * i + 10] for i in range(tries)}, "original": originals})
+
+
+def _figure(path: str, drawn: np.ndarray, completions: dict[str, np.ndarray]) -> None:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise missing_extra("matplotlib", "demo") from None
+    rows = len(drawn) + len(completions)
+    figure = Figure(figsize=(9, 0.9 * rows + 1.3), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, height_ratios=[len(drawn), len(completions)])
+    _mosaic(upper, drawn, [""] * len(drawn), "Drawn by the linear transformer: pixel after pixel, each sampled given those before it")
+    _mosaic(lower, np.stack(list(completions.values())), list(completions),
+            "Held-out scans: the upper half is shown, the model completes the lower half")
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    replace_file(path, data.getvalue())
+
+
+def _mosaic(axes: Any, rows: np.ndarray, names: list[str], title: str) -> None:
+    """Rows of images (R, 10, 64) as one picture with gaps; NaN pixels are tinted."""
+    step = SIDE + 1
+    picture = np.full((len(rows) * step - 1, 10 * step - 1), -1.0)      # -1: the gaps, NaN: what was not shown
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            picture[r * step: r * step + SIDE, c * step: c * step + SIDE] = image.reshape(SIDE, SIDE)
+    grey = 1 - np.clip(picture, 0, LEVELS - 1)[..., None] / (LEVELS - 1) * np.ones(3)
+    colours = np.where(picture[..., None] == -1, (0.80, 0.86, 0.93), np.where(np.isnan(picture)[..., None], (0.93, 0.89, 0.80), grey))
+    axes.imshow(colours, interpolation="nearest")
+    axes.set_yticks([r * step + (SIDE - 1) / 2 for r in range(len(rows))], names)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    axes.set_title(title, fontsize=11)
+
+
+# --- 4: speed --------------------------------------------------------------------------------------------------------------------------
+
+def speed_table(plan: Plan, *, few: bool = False) -> str:
+    """Draws images with each model and tells how many per second. The weights are fresh: what they are does not change the time."""
+    ways = (("linear, as an RNN", "linear", generate), ("softmax, key/value cache", "softmax", generate),
+            ("softmax, recomputed", "softmax", generate_recomputed))
+    sizes = ((PIXELS, 4), (2 * PIXELS, 1)) if few else ((PIXELS, 32), (784, 1))
+    lines = [f"   {'':<26}" + "".join(f"{f'{pixels} pixels, {batch} at once':>26}" for pixels, batch in sizes)]
+    rates: dict[str, list[float]] = {}
+    for name, attention, draw_images in ways:
+        for pixels, batch in sizes:
+            config = plan.config(attention, pixels)
+            params = transformer_init(np.random.default_rng(plan.seed), config)
+            begin = np.zeros((batch, 1), np.int64)
+            draw_images(params, config, begin, 2, np.random.default_rng(0))           # what is built once is not timed
+            start = time.perf_counter()
+            draw_images(params, config, begin, pixels, np.random.default_rng(0))
+            rates.setdefault(name, []).append(batch / (time.perf_counter() - start))
+    for name, row in rates.items():
+        lines.append(f"   {name:<26}" + "".join(f"{rate:15.2f} {f'(× {rate / slowest:.1f})':>10}"
+                                                for rate, slowest in zip(row, rates[ways[-1][0]])))
+    return "\n".join(lines)
