@@ -42,12 +42,12 @@ clean:
 # test.stamp waits for demo.stamp, so that under make -j no two pips write into one environment.
 $(VENV)/test.stamp: $(VENV)/demo.stamp
 	@echo "$(VENV): installing the test tools"
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@$(RUN) -m pip install --quiet --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
 
 $(VENV)/demo.stamp: $(VENV)/venv.stamp setup.cfg
 	@echo "$(VENV): installing refattn and what the demo needs"
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	@$(RUN) -m pip install --quiet --quiet --disable-pip-version-check --editable '.[demo]'
 	@touch $@
 
 # Not pyvenv.cfg: that is there before pip is, and would stay when the rest fails.
