@@ -13,7 +13,8 @@ from .layers import Params
 from .transformer import Config, transformer_prefill, transformer_step
 
 
-def generate(params: Params, config: Config, prompt: np.ndarray, count: int, rng: np.random.Generator, *, temperature: float = 1.0) -> np.ndarray:
+def generate(params: Params, config: Config, prompt: np.ndarray, count: int, rng: np.random.Generator, *,
+             temperature: float = 1.0) -> np.ndarray:
     """Continue prompts by `count` tokens each: `transformer_prefill`, then `transformer_step`.
 
     Parameters
@@ -38,8 +39,8 @@ def generate(params: Params, config: Config, prompt: np.ndarray, count: int, rng
     Raises
     ------
     ValueError
-        `prompt: expected (B, P) with P ≥ 1, got (4, 0)`; `count: expected an integer ≥ 0, got -1`; `logits: expected a number …` where the model
-        gives NaN; those of `transformer_prefill`.
+        `prompt: expected (B, P) with P ≥ 1, got (4, 0)`; `count: expected an integer ≥ 0, got -1`; `logits: expected a number …` where
+        the model gives NaN; those of `transformer_prefill`.
 
     Notes
     -----
@@ -66,8 +67,9 @@ def generate(params: Params, config: Config, prompt: np.ndarray, count: int, rng
 
 def generate_recomputed(params: Params, config: Config, prompt: np.ndarray, count: int, rng: np.random.Generator, *,
                         temperature: float = 1.0) -> np.ndarray:
-    """What `generate` gives, but reading the whole prefix anew for each token, as a model without a state has to (the paper's `softmax` rows
-    of tables 1 and 2).
+    """What `generate` gives, but reading the whole prefix anew for each token, as a model without a state has to.
+
+    So were the `softmax` rows of the paper's tables 1 and 2 timed.
 
     Parameters, returns and errors are those of `generate`; from one seed both draw the same tokens, unless rounding decides between two.
 
@@ -150,7 +152,8 @@ def _room(config: Config, prompt: np.ndarray, count: int) -> np.ndarray:
         raise TypeError(f"prompt is {prompt.dtype.name}, too narrow for the tokens of a vocabulary of {config.vocabulary}; use int64")
     P = prompt.shape[1]
     if config.positions == "learned" and P + count - 1 > config.length:
-        raise ValueError(f"count: expected at most {config.length - P + 1} more tokens (length = {config.length}, prompt of {P}), got {count}")
+        raise ValueError(f"count: expected at most {config.length - P + 1} more tokens, got {count}: the prompt has {P} and "
+                         f"config.length is {config.length}")
     tokens = np.empty((prompt.shape[0], P + int(count)), prompt.dtype)
     tokens[:, :P] = prompt
     return tokens

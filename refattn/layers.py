@@ -10,9 +10,10 @@
 
 Axes   ... any leading axes (batch) · N positions · E model width · F inner width · H heads · D = E/H features of a head · V vocabulary
 
-Layers of few parameters take them as arrays. Layers made of layers take `params`, a flat dict of arrays, and the `name` in front of their
-own keys: `feed_forward_forward(params, "blocks.0.feed_forward", x)` reads `params["blocks.0.feed_forward.in.weight"]`. Their backward returns
-the gradients as such a dict. Weights are (in, out): `x @ weight`. float16 and bfloat16 are accumulated in float32 inside each layer.
+Layers of few parameters take them as arrays. Layers made of layers take `params`, a flat dict of arrays, and the `name` in front of
+their own keys: `feed_forward_forward(params, "blocks.0.feed_forward", x)` reads `params["blocks.0.feed_forward.in.weight"]`. Their
+backward returns the gradients as such a dict. Weights are (in, out): `x @ weight`. float16 and bfloat16 are accumulated in float32
+inside each layer, and rounded once on the way out of it.
 """
 from __future__ import annotations
 
@@ -32,6 +33,7 @@ Grads = dict[str, Array]
 Residuals = tuple[Any, ...]
 
 _PIECE = 1 << 14       # elements of an elementwise pass: a few temporaries of that many still fit the second-level cache
+_BLOCK, _BLOCKS = 1024, 8      # a product over many rows is cut into blocks of at least 1024 rows, but at most 8 of them
 _GELU_A = 0.044715
 _GELU_C = math.sqrt(2 / math.pi)
 
@@ -70,15 +72,23 @@ def affine_forward(x: Array, weight: Array, bias: Array) -> tuple[Array, Residua
     >>> out[:, 0].tolist()
     [3.5, 3.5]
     """
-    namespace(x=x, weight=weight, bias=bias)
+    xp = namespace(x=x, weight=weight, bias=bias)
     check_dtypes(x=x, weight=weight, bias=bias)
     _check_features("x", x)
     if weight.ndim != 2 or weight.shape[0] != x.shape[-1]:
         raise ValueError(f"weight: expected (E, F) = ({x.shape[-1]}, *), got {tuple(weight.shape)}: its rows are the features of x")
     check_shape("bias", bias, "(F,)", (weight.shape[1],), "one for each column of the weight")
-    out = _rows(_wide(x)) @ _wide(weight)
-    out += _wide(bias)
-    return _narrow(out, x).reshape(*x.shape[:-1], weight.shape[1]), (x, weight)
+    rows, W, b = _rows(x), _wide(weight), _wide(bias)
+    out = xp.empty((rows.shape[0], W.shape[1]), x.dtype)
+
+    def some(x: Array, out: Array) -> None:
+        y = xp.matmul(_wide(x), W, out=out if out.dtype == W.dtype else None)
+        y += b
+        if y is not out:
+            out[...] = y
+
+    _over_rows(xp, some, 2.0 * rows.size * W.shape[1], rows, out)
+    return out.reshape(*x.shape[:-1], W.shape[1]), (x, weight)
 
 
 def affine_backward(dout: Array, residuals: Residuals) -> tuple[Array, Array, Array]:
@@ -97,10 +107,19 @@ def affine_backward(dout: Array, residuals: Residuals) -> tuple[Array, Array, Ar
     """
     x, weight = residuals
     check_dout(dout, (*x.shape[:-1], weight.shape[1]), x)
-    d = _rows(_wide(dout))
-    dx = d @ _wide(weight).T
-    dweight = _rows(_wide(x)).T @ d
-    return _narrow(dx, x).reshape(x.shape), _narrow(dweight, x), _narrow(d.sum(0), x)
+    xp = namespace(dout=dout)
+    d, rows, W = _rows(dout), _rows(x), _wide(weight)
+    dx = xp.empty(rows.shape, x.dtype)
+
+    def some(d: Array, x: Array, dx: Array) -> tuple[Array, Array]:
+        d = _wide(d)
+        y = xp.matmul(d, W.T, out=dx if dx.dtype == W.dtype else None)
+        if y is not dx:
+            dx[...] = y
+        return _wide(x).T @ d, d.sum(0)
+
+    dweight, dbias = _over_rows(xp, some, 4.0 * rows.size * W.shape[1], d, rows, dx)
+    return dx.reshape(x.shape), _narrow(dweight, x), _narrow(dbias, x)
 
 
 # --- layer norm --------------------------------------------------------------------------------------------------------------------------
@@ -144,15 +163,23 @@ def layer_norm_forward(x: Array, weight: Array, bias: Array, *, eps: float = 1e-
     check_shape("weight", weight, "(E,)", x.shape[-1:], "one for each feature of x")
     check_shape("bias", bias, "(E,)", x.shape[-1:], "one for each feature of x")
     eps = check_number("eps", eps, least=0)
-    normal = _wide(x)
-    normal = normal - _row_mean(xp, normal)
-    rate = _row_mean(xp, xp.square(normal))
-    rate += eps
-    rate = 1 / xp.sqrt(rate)
-    normal *= rate
-    out = normal * _wide(weight)
-    out += _wide(bias)
-    return _narrow(out, x), (normal, rate, weight)
+    rows, w, b = _rows(x), _wide(weight), _wide(bias)
+    out, normal, rate = xp.empty(rows.shape, x.dtype), xp.empty(rows.shape, w.dtype), xp.empty((rows.shape[0], 1), w.dtype)
+
+    def some(x: Array, out: Array, normal: Array, rate: Array) -> None:
+        x = _wide(x)
+        xp.subtract(x, _row_mean(xp, x), out=normal)
+        y = xp.multiply(normal, normal)
+        xp.sqrt(_row_mean(xp, y) + eps, out=rate)
+        xp.divide(1, rate, out=rate)
+        normal *= rate
+        xp.multiply(normal, w, out=y)
+        xp.add(y, b, out=y if out.dtype != y.dtype else out)
+        if out.dtype != y.dtype:
+            out[...] = y
+
+    _over_rows(xp, some, 8.0 * rows.size, rows, out, normal, rate, piece=_PIECE // max(x.shape[-1], 1) + 1)
+    return out.reshape(x.shape), (normal.reshape(x.shape), rate, weight)
 
 
 def layer_norm_backward(dout: Array, residuals: Residuals) -> tuple[Array, Array, Array]:
@@ -176,15 +203,25 @@ def layer_norm_backward(dout: Array, residuals: Residuals) -> tuple[Array, Array
     normal, rate, weight = residuals
     check_dout(dout, normal.shape, weight)
     xp = namespace(dout=dout)
-    d = _wide(dout)
-    product = d * normal
-    dweight, dbias = _rows(product).sum(0), _rows(d).sum(0)
-    dx = d * _wide(weight)
-    inner = _row_mean(xp, xp.multiply(dx, normal, out=product))
-    dx -= _row_mean(xp, dx)
-    dx -= xp.multiply(normal, inner, out=product)
-    dx *= rate
-    return _narrow(dx, dout), _narrow(dweight, dout), _narrow(dbias, dout)
+    d, w = _rows(dout), _wide(weight)
+    dx = xp.empty(d.shape, d.dtype)
+
+    def some(d: Array, normal: Array, rate: Array, dx: Array) -> tuple[Array, Array]:
+        d = _wide(d)
+        product = d * normal
+        dw, db = product.sum(0), d.sum(0)
+        product *= w
+        inner = _row_mean(xp, product)
+        y = xp.multiply(d, w, out=dx if dx.dtype == w.dtype else None)
+        y -= _row_mean(xp, y)
+        y -= xp.multiply(normal, inner, out=product)
+        y *= rate
+        if y is not dx:
+            dx[...] = y
+        return dw, db
+
+    dweight, dbias = _over_rows(xp, some, 10.0 * d.size, d, _rows(normal), rate, dx, piece=_PIECE // max(d.shape[1], 1) + 1)
+    return dx.reshape(dout.shape), _narrow(dweight, dout), _narrow(dbias, dout)
 
 
 # --- embedding and positions -------------------------------------------------------------------------------------------------------------
@@ -383,7 +420,7 @@ def gelu_forward(x: Array) -> tuple[Array, Residuals]:
         xp.multiply(square, half, out=slope)
         y *= x
 
-    _elementwise(xp, piece, wide, out, slope)
+    _over_rows(xp, piece, 20.0 * wide.size, wide, out, slope, piece=_PIECE)
     return _narrow(out, x).reshape(x.shape), (_narrow(slope, x).reshape(x.shape),)
 
 
@@ -558,7 +595,7 @@ def attention_forward(params: Params, name: str, x: Array, *, heads: int, attent
     _check_attention(x, heads, attention, "(..., N, E)", 2)
     real = real_positions(xp, "lengths", lengths, x.shape[:-1])
     x = keep_real(xp, real, x)
-    weights, biases = zip(*(affine_params(params, f"{name}.{part}") for part in _QKV))
+    weights, biases = zip(*(affine_params(params, f"{name}.{part}") for part in _QKV), strict=True)
     projected, r_in = affine_forward(x, xp.concatenate(weights, axis=1), xp.concatenate(biases))
     q, k, v = _split(projected, heads)
     options = {"causal": causal, "query_lengths": lengths, "key_lengths": lengths}
@@ -590,10 +627,10 @@ def attention_backward(dout: Array, residuals: Residuals) -> tuple[Array, Grads]
     dmerged, grads[f"{name}.out.weight"], grads[f"{name}.out.bias"] = affine_backward(keep_real(xp, real, dout), r_out)
     dmixed = dmerged.reshape(*dmerged.shape[:-1], heads, -1).swapaxes(-3, -2)
     dprojected = xp.empty((*dmerged.shape[:-1], 3 * dmerged.shape[-1]), dmerged.dtype)
-    for into, d in zip(_split(dprojected, heads), pullback(dmixed)):
+    for into, d in zip(_split(dprojected, heads), pullback(dmixed), strict=True):
         into[...] = d
     dx, dweight, dbias = affine_backward(dprojected, r_in)
-    for part, dw, db in zip(_QKV, xp.split(dweight, 3, axis=1), xp.split(dbias, 3)):
+    for part, dw, db in zip(_QKV, xp.split(dweight, 3, axis=1), xp.split(dbias, 3), strict=True):
         grads[f"{name}.{part}.weight"], grads[f"{name}.{part}.bias"] = dw, db
     return dx, grads
 
@@ -750,7 +787,8 @@ def _rows(x: Array) -> Array:
 
 
 def _row_mean(xp: Any, x: Array) -> Array:
-    return xp.sum(x, axis=-1, keepdims=True) / max(x.shape[-1], 1)
+    """Means of the rows of a matrix as a product with ones, three times faster than a sum over the last axis."""
+    return (x @ xp.ones((x.shape[-1], 1), x.dtype)) / max(x.shape[-1], 1)
 
 
 def _split(x: Array, heads: int, parts: int = 3) -> list[Array]:
@@ -765,13 +803,35 @@ def _merge(x: Array) -> Array:
     return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
-def _elementwise(xp: Any, work: Callable[..., None], *arrays: Array) -> None:
-    """`work` on pieces of flat arrays: its temporaries stay in the cache, and threads share the pieces. Elsewhere one piece is best."""
-    if xp is not np:
-        work(*arrays)
-        return
-    pieces = [[x[rows] for x in arrays] for rows in blocks(arrays[0].size, _PIECE)]
-    over_heads(work, pieces, 20.0 * arrays[0].size)
+def _over_rows(xp: Any, work: Callable[..., Any], flops: float, *arrays: Array, piece: int | None = None) -> Any:
+    """`work` on a few blocks of rows of all arrays, on as many threads as there are; the sums of the arrays that it returns, if any.
+
+    Blocks are the same whatever the number of threads, and sums over them are in order: so are the results. Each block has one BLAS thread:
+    faster than BLAS's own threads on matrices of many rows and few columns, and much faster where something else uses the cores.
+    `piece`: cut blocks into pieces of so many rows, whose temporaries stay in the cache. Where arrays are not NumPy's, one block is best.
+    """
+    n = arrays[0].shape[0]
+    size = max(4 * piece if piece else _BLOCK, -(-n // _BLOCKS)) if xp is np else max(n, 1)
+    results: list[Any] = [None] * max(-(-n // size), 1)
+
+    def block(index: int, *arrays: Array) -> None:
+        cuts = blocks(arrays[0].shape[0], piece) if piece and xp is np else []
+        parts = [work(*(x[rows] for x in arrays)) for rows in cuts] or [work(*arrays)]
+        results[index] = _sum(parts)
+
+    if len(results) == 1:
+        block(0, *arrays)
+    else:
+        over_heads(block, [[i, *(x[rows] for x in arrays)] for i, rows in enumerate(blocks(n, size))], flops)
+    return _sum(results)
+
+
+def _sum(parts: list[Any]) -> Any:
+    total = parts[0]
+    for part in parts[1:] if total is not None else ():
+        for into, term in zip(total, part, strict=True):
+            into += term
+    return total
 
 
 def _check_features(name: str, x: Array) -> None:

@@ -1,7 +1,7 @@
 """Optimisers as functions: (params, grads, slots) → (params, slots).
 
-Parameters, gradients and slots are flat dicts of arrays with the same keys. Every step returns new arrays and leaves the caller's as they were,
-so a rejected step is undone by keeping the old dict. With θ the parameters, g the gradients, α the learning rate:
+Parameters, gradients and slots are flat dicts of arrays with the same keys. Every step returns new arrays and leaves the caller's as
+they were, so a rejected step is undone by keeping the old dict. With θ the parameters, g the gradients, α the learning rate:
 
     sgd      m = μ m + g                                      θ = θ - α m
     adam     m = β1 m + (1-β1) g, v = β2 v + (1-β2) g²        θ = θ - α m̂ / (√v̂ + eps)        m̂ = m/(1-β1ᵗ), v̂ = v/(1-β2ᵗ)
@@ -70,8 +70,8 @@ def sgd_step(params: Params, grads: Params, slots: SgdSlots, *, learning_rate: f
     Raises
     ------
     ValueError, TypeError
-        `grads: expected the keys of params, …`; `grads['w']: expected the shape of params['w'] = (2,), got (3,): …`; a learning rate that is
-        negative or not a number.
+        `grads: expected the keys of params, …`; `grads['w']: expected the shape of params['w'] = (2,), got (3,): …`; a learning rate
+        that is negative or not a number.
 
     Examples
     --------
@@ -154,8 +154,8 @@ def radam_step(params: Params, grads: Params, slots: AdamSlots, *, learning_rate
         ρ_t > 4:   θ = θ - α r_t (m/(1-β1ᵗ)) / (√(v/(1-β2ᵗ)) + eps) - α λ θ        r_t = √((ρ_t-4)(ρ_t-2) ρ∞ / ((ρ∞-4)(ρ∞-2) ρ_t))
         else:      θ = θ - α (m/(1-β1ᵗ)) - α λ θ
 
-    ρ_t is how many gradients the running mean v is worth. While it is at most 4 the variance of 1/√v is infinite, and the step falls back to
-    momentum alone (the first four steps with β2 = 0.999); then r_t grows from 0.02 to 1, which is the warm-up.
+    ρ_t is how many gradients the running mean v is worth. While it is at most 4 the variance of 1/√v is infinite, and the step falls
+    back to momentum alone (the first four steps with β2 = 0.999); then r_t grows from 0.02 to 1, which is the warm-up.
 
     Parameters, returns, raises
     ---------------------------
@@ -179,8 +179,8 @@ def radam_step(params: Params, grads: Params, slots: AdamSlots, *, learning_rate
     return _adam(params, grads, slots, learning_rate, beta1, beta2, eps, weight_decay, rectification)
 
 
-def _adam(params: Params, grads: Params, slots: AdamSlots, learning_rate: float, beta1: float, beta2: float, eps: float, weight_decay: float,
-          rectification: Callable[[int], float | None]) -> tuple[dict[str, Array], AdamSlots]:
+def _adam(params: Params, grads: Params, slots: AdamSlots, learning_rate: float, beta1: float, beta2: float, eps: float,
+          weight_decay: float, rectification: Callable[[int], float | None]) -> tuple[dict[str, Array], AdamSlots]:
     """Adam with its step scaled by `rectification(t)`, or without its denominator where that is None."""
     rate, eps, decay = (check_number(name, value, least=0) for name, value in (
         ("learning_rate", learning_rate), ("eps", eps), ("weight_decay", weight_decay)))
@@ -256,7 +256,8 @@ def clip_by_global_norm(grads: Params, limit: float) -> tuple[dict[str, Array], 
     norms = {key: _norm(g) for key, g in grads.items()}
     for key, norm in norms.items():
         if not math.isfinite(norm):
-            raise ValueError(f"grads: expected finite gradients, got a norm of {norm} in {key!r}; lower the learning rate or look at the loss")
+            raise ValueError(f"grads: expected finite gradients, got a norm of {norm} in {key!r}; lower the learning rate or look at "
+                             "the loss")
     norm = math.hypot(*norms.values())
     if norm <= limit:
         return dict(grads), norm
@@ -264,7 +265,7 @@ def clip_by_global_norm(grads: Params, limit: float) -> tuple[dict[str, Array], 
     return {key: (g.astype(accumulator(g.dtype), copy=False) * factor).astype(g.dtype, copy=False) for key, g in grads.items()}, norm
 
 
-# --- schedules: learning rates as functions of the step 0, 1, 2, … -------------------------------------------------------------------------
+# --- schedules: learning rates as functions of the step 0, 1, 2, … -----------------------------------------------------------------------
 
 def constant_rate(step: int, rate: float) -> float:
     """α, always.
@@ -341,8 +342,10 @@ def _check(params: Params, grads: Params, *slots: Params) -> None:
             odd = sorted(params.keys() ^ given.keys())
             raise ValueError(f"{name}: expected the keys of params, got {len(odd)} that only one of them has, first {odd[0]!r}")
     for key, theta in params.items():
-        check_shape(f"grads[{key!r}]", grads[key], f"the shape of params[{key!r}]", theta.shape, "each gradient is shaped like its parameter")
+        like = f"the shape of params[{key!r}]"
+        check_shape(f"grads[{key!r}]", grads[key], like, theta.shape, "each gradient is shaped like its parameter")
         if grads[key].dtype != theta.dtype:
-            raise TypeError(f"params[{key!r}] is {dtype_name(theta)} and its gradient is {dtype_name(grads[key])}; nothing is cast silently")
+            raise TypeError(f"params[{key!r}] is {dtype_name(theta)} and its gradient is {dtype_name(grads[key])}; "
+                            "cast one of them, nothing is cast silently")
         for slot in slots:
-            check_shape(f"slots[{key!r}]", slot[key], f"the shape of params[{key!r}]", theta.shape, "make the slots with these params")
+            check_shape(f"slots[{key!r}]", slot[key], like, theta.shape, "make the slots with these params")

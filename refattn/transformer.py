@@ -68,7 +68,8 @@ def transformer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     Raises
     ------
     ValueError, TypeError
-        `width: expected an integer ≥ 1, got 0`; `heads: expected a divisor of width = 8, got 3`; `norm: expected 'pre' or 'post', got 'rms'`.
+        `width: expected an integer ≥ 1, got 0`; `heads: expected a divisor of width = 8, got 3`; `norm: expected 'pre' or 'post',
+        got 'rms'`.
 
     Examples
     --------
@@ -341,7 +342,8 @@ def transformer_step(params: Params, token_t: Array, state: TransformerState, co
     """
     _check_causal(config)
     if len(state.layers) != config.layers:
-        raise ValueError(f"state: expected the states of layers = {config.layers} layers, got {len(state.layers)}; make it with this config")
+        raise ValueError(f"state: expected the states of layers = {config.layers} layers, got {len(state.layers)}; make it with this "
+                         "config")
     _check_tokens(token_t, 0, "(...)")
     x, _ = layers.embedding_forward(token_t, params["token.weight"])
     x, _ = _positions_forward(params, x[..., None, :], config, state.position)
@@ -349,7 +351,8 @@ def transformer_step(params: Params, token_t: Array, state: TransformerState, co
                    lambda name, y, i: layers.attention_step(params, name, y, state.layers[i], **_heads(config)))
 
 
-def _decode(params: Params, x: Array, config: Config, position: int, attend: Callable[..., tuple[Array, Any]]) -> tuple[Array, TransformerState]:
+def _decode(params: Params, x: Array, config: Config, position: int,
+            attend: Callable[..., tuple[Array, Any]]) -> tuple[Array, TransformerState]:
     states = []
     for i in range(config.layers):
         name = f"blocks.{i}.attention"
@@ -421,7 +424,8 @@ def _check_params(params: Params, config: Config) -> None:
                          f"{len(foreign)} foreign (first {foreign[:1]}); initialise or load with this very configuration")
     check_dtypes(**params)
     for key, shape in shapes.items():
-        check_shape(f"params[{key!r}]", params[key], "the shape of this configuration", shape, "initialise or load with this very configuration")
+        check_shape(f"params[{key!r}]", params[key], "the shape of this configuration", shape,
+                    "initialise or load with this very configuration")
 
 
 def _check_tokens(tokens: Array, least: int, axes: str) -> None:

@@ -29,8 +29,8 @@ def cross_entropy_forward(logits: Array, targets: Array, *, weights: Array | Non
     targets : (...) integers
         0 ≤ target < V wherever the weight is not 0.
     weights : (...), optional
-        A mask (bool), or weights ≥ 0 as integers or in the logits' dtype. Constants: they have no gradient. What logits and targets hold where
-        the weight is 0 (NaN, -1) reaches nothing.
+        A mask (bool), or weights ≥ 0 as integers or in the logits' dtype. Constants: they have no gradient. What logits and targets
+        hold where the weight is 0 (NaN, -1) reaches nothing.
 
     Returns
     -------
@@ -62,7 +62,8 @@ def cross_entropy_forward(logits: Array, targets: Array, *, weights: Array | Non
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits: expected (..., V) with V ≥ 1, got {tuple(logits.shape)}")
     if tuple(targets.shape) != tuple(logits.shape[:-1]):
-        raise ValueError(f"targets: expected the leading axes of logits {tuple(logits.shape[:-1])}, got {tuple(targets.shape)}: one class for each")
+        raise ValueError(f"targets: expected the leading axes of logits {tuple(logits.shape[:-1])}, got {tuple(targets.shape)}: "
+                         "one class for each position")
     work = accumulator(logits.dtype)
     z = logits.astype(work)                         # a copy: all that follows happens in it
     if weights is None:
