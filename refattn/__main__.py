@@ -16,8 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 something is missing or wrong (said on stderr), 2 not understood.
 
     >>> main(["--version"])  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    SystemExit: 0
+    refattn ...
+    0
     """
     parser = argparse.ArgumentParser("python -m refattn", description="Linear and causal attention with hand-derived gradients, in NumPy.",
                                      epilog="`python -m refattn demo --help` explains the options of a command.")

@@ -16,7 +16,7 @@ import numpy as np
 
 from refattn._array import missing_extra
 
-_KEY = "refattn"
+_RECORD, _NAMES = "refattn", "refattn.names"         # safetensors sorts its arrays: their order is noted beside the record
 
 
 def checkpoint_save(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
@@ -60,7 +60,7 @@ def checkpoint_save(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarra
             raise TypeError(f"arrays[{name!r}]: expected a NumPy array, got {type(x).__name__}; pass np.asarray of it")
     # safetensors reads an array's memory from its first byte on, whatever its strides and byte order
     packed = {name: np.array(x, x.dtype.newbyteorder("="), order="C", copy=None) for name, x in arrays.items()}
-    replace_file(path, safetensors.save(packed, {_KEY: json.dumps(record, allow_nan=False)}))
+    replace_file(path, safetensors.save(packed, {_RECORD: json.dumps(record, allow_nan=False), _NAMES: json.dumps(list(packed))}))
 
 
 def checkpoint_load(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -73,7 +73,7 @@ def checkpoint_load(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray]
     Returns
     -------
     arrays : dict of str to array
-        Shapes, dtypes and values as saved, bit for bit.
+        Names in the order as saved; shapes, dtypes and values too, bit for bit.
     record : dict
 
     Raises
@@ -97,11 +97,10 @@ def checkpoint_load(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray]
         raise FileNotFoundError(f"{os.fspath(path)}: no checkpoint there")
     try:
         with safe_open(path, framework="np") as file:
-            found = (file.metadata() or {}).get(_KEY)
-            if found is None:
+            header = file.metadata() or {}
+            if _RECORD not in header:
                 raise ValueError(_unreadable(path, "has no record of refattn"))
-            names = list(file.keys())
-            return {name: np.array(file.get_tensor(name)) for name in names}, json.loads(found)
+            return {name: np.array(file.get_tensor(name)) for name in json.loads(header[_NAMES])}, json.loads(header[_RECORD])
     except SafetensorError as error:
         raise ValueError(_unreadable(path, f"safetensors cannot read ({error})")) from None
 

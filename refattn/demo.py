@@ -12,6 +12,7 @@ interrupted the machine is. A checkpoint holds all that the next update depends 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import math
 import os
@@ -36,6 +37,8 @@ from .testing import budgets
 from .transformer import Config, transformer_backward, transformer_forward, transformer_init
 
 Params = dict[str, np.ndarray]
+
+EXTRAS = {"sklearn": "scikit-learn", "safetensors": "safetensors", "tqdm": "tqdm", "matplotlib": "matplotlib"}
 
 LEVELS, SIDE = 17, 8
 PIXELS = SIDE * SIDE
@@ -79,21 +82,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--seed: expected an integer ≥ 0, got {chosen.seed}")
     plan = (Plan(chosen.seed, updates=12, batch=20, warm_up=2, width=16, heads=2, layers=2) if chosen.smoke else
             Plan(chosen.seed, updates=max(round(chosen.minutes * UPDATES_PER_MINUTE), 1)))
+    for module, package in EXTRAS.items():              # now, not after two minutes of training
+        if importlib.util.find_spec(module) is None:
+            raise missing_extra(package, "demo")
+    scans = digits_load()
+    path = os.path.join(chosen.out, "checkpoint.safetensors")
     try:
-        demo(chosen.out, plan, few=chosen.smoke)
+        os.makedirs(chosen.out, exist_ok=True)
+        start = training_load(path, plan) if os.path.exists(path) else train_init(plan, len(scans.train))
     except (OSError, ValueError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
+    try:
+        demo(chosen.out, path, plan, scans, start, few=chosen.smoke)
     except KeyboardInterrupt:
-        print("\ndemo: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"\ndemo: stopped; the same command goes on from {path}", file=sys.stderr)
         return 130
     return 0
 
 
-def demo(out: str, plan: Plan, *, few: bool = False) -> None:
-    """All four parts, printed as they come; the checkpoint and the picture go to the folder `out`. `few`: less to draw and to time."""
-    scans = digits_load()
-    os.makedirs(out, exist_ok=True)
+def demo(out: str, checkpoint: str, plan: Plan, scans: Scans, start: Training, *, few: bool = False) -> None:
+    """All four parts, printed as they come; the picture goes to the folder `out`. `few`: less to draw and to time."""
     _say(f"refattn demo: NumPy {np.__version__}, {_cores()} cores, seed {plan.seed}, folder {out}")
     _say(f"\n{len(scans.train) + len(scans.test):,} handwritten digits, {SIDE} × {SIDE} pixels of {LEVELS} levels of ink: "
          f"{len(scans.train):,} to learn from, {len(scans.test)} held out")
@@ -103,7 +112,7 @@ def demo(out: str, plan: Plan, *, few: bool = False) -> None:
     for line in agreement(scans.train[: 2 if few else 8]):
         _say(f"   {line.form:<44} {line.error:11.1e}  {line.bound:11.1e}  {line.ratio:.3f}")
         if not line.ratio <= 1:
-            raise ValueError(f"{line.form}: its error is {line.ratio:.3g} times the derived bound; the forms disagree on this machine")
+            raise AssertionError(f"{line.form}: its error is {line.ratio:.3g} times the derived bound; the forms disagree on this machine")
 
     histogram = histogram_fit(scans.train)
     uniform, known = math.log2(LEVELS), (histogram_bits(histogram, scans.train), histogram_bits(histogram, scans.test))
@@ -112,7 +121,7 @@ def demo(out: str, plan: Plan, *, few: bool = False) -> None:
     _say(f"\n2. Training: a causal linear transformer, {plan.layers} layers of width {plan.width}, {plan.heads} heads, "
          f"{sum(x.size for x in fresh.values()):,} weights, float32;\n"
          f"   {plan.updates} updates of {plan.batch} images (a fixed number: an interrupted run ends with the same weights)\n")
-    state = train(os.path.join(out, "checkpoint.safetensors"), plan, scans)
+    state = train(checkpoint, plan, scans, start)
     final = bits_per_pixel(state.params, scans.train, config), bits_per_pixel(state.params, scans.test, config)
     _say(f"\n   {'bits per pixel':<34} {'training':>8}  {'held out':>8}")
     for name, (a, b) in (("uniform: log2 17", (uniform, uniform)), ("histogram of each pixel", known), ("linear transformer", final)):
@@ -154,14 +163,9 @@ class Scans(NamedTuple):
 
 
 def digits_load() -> Scans:
-    """scikit-learn's bundled scans, shuffled once for good, the last 297 held out.
+    """scikit-learn's bundled scans, shuffled once for good, the last 297 held out. Nothing is downloaded."""
+    from sklearn.datasets import load_digits
 
-    Raises ImportError, with the command that installs it, if scikit-learn is missing. Nothing is downloaded.
-    """
-    try:
-        from sklearn.datasets import load_digits
-    except ModuleNotFoundError:
-        raise missing_extra("scikit-learn", "demo") from None
     images, digit = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(images))       # not the run's seed: figures of different seeds can be compared
     tokens, digit = images[order].astype(np.int64), digit[order]
@@ -332,7 +336,7 @@ def training_load(path: str, plan: Plan) -> Training:
     theirs = record.get("plan", {})
     other = [f"{name} = {theirs.get(name)} (now {value})" for name, value in plan._asdict().items() if theirs.get(name) != value]
     if other:
-        raise ValueError(f"{path}: a training with {', '.join(other)}; ask for the same, name another folder with --out, or delete the file")
+        raise ValueError(f"{path}: a training with {', '.join(other)}; ask for the same, name another folder by --out, or delete it")
 
     def named(part: str) -> Params:
         return {name.removeprefix(part): x for name, x in arrays.items() if name.startswith(part)}
@@ -341,13 +345,10 @@ def training_load(path: str, plan: Plan) -> Training:
                     record["rng"], record["update"], record["seconds"], record["history"])
 
 
-def train(path: str, plan: Plan, scans: Scans) -> Training:
-    """Train to the last update of the plan, from the checkpoint if there is one, saving every few seconds and at the end."""
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        raise missing_extra("tqdm", "demo") from None
-    state = training_load(path, plan) if os.path.exists(path) else train_init(plan, len(scans.train))
+def train(path: str, plan: Plan, scans: Scans, state: Training) -> Training:
+    """From `state` to the last update of the plan, saving to `path` every few seconds and at the end."""
+    from tqdm import tqdm
+
     _say(f"   {'update':>6}  {'seconds':>7}  {'training':>8}  {'held out':>8}   bits per pixel")
     for row in state.history:
         _say(_history_row(row))
@@ -408,39 +409,43 @@ def draw(path: str, params: Params, config: Config, scans: Scans, rng: np.random
 
 
 def _figure(path: str, drawn: np.ndarray, completions: dict[str, np.ndarray]) -> None:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise missing_extra("matplotlib", "demo") from None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     rows = len(drawn) + len(completions)
     figure = Figure(figsize=(9, 0.9 * rows + 1.3), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, height_ratios=[len(drawn), len(completions)])
-    _mosaic(upper, drawn, [""] * len(drawn), "Drawn by the linear transformer: pixel after pixel, each sampled given those before it")
-    _mosaic(lower, np.stack(list(completions.values())), list(completions),
+    _show(upper, drawn, [""] * len(drawn), "Drawn by the linear transformer: pixel after pixel, each sampled given those before it")
+    _show(lower, np.stack(list(completions.values())), list(completions),
             "Held-out scans: the upper half is shown, the model completes the lower half")
     data = io.BytesIO()
     figure.savefig(data, format="png")
     replace_file(path, data.getvalue())
 
 
-def _mosaic(axes: Any, rows: np.ndarray, names: list[str], title: str) -> None:
-    """Rows of images (R, 10, 64) as one picture with gaps; NaN pixels are tinted."""
-    step = SIDE + 1
-    picture = np.full((len(rows) * step - 1, 10 * step - 1), -1.0)      # -1: the gaps, NaN: what was not shown
-    for r, row in enumerate(rows):
-        for c, image in enumerate(row):
-            picture[r * step: r * step + SIDE, c * step: c * step + SIDE] = image.reshape(SIDE, SIDE)
-    grey = 1 - np.clip(picture, 0, LEVELS - 1)[..., None] / (LEVELS - 1) * np.ones(3)
-    colours = np.where(picture[..., None] == -1, (0.80, 0.86, 0.93), np.where(np.isnan(picture)[..., None], (0.93, 0.89, 0.80), grey))
-    axes.imshow(colours, interpolation="nearest")
-    axes.set_yticks([r * step + (SIDE - 1) / 2 for r in range(len(rows))], names)
+def _show(axes: Any, rows: np.ndarray, names: list[str], title: str) -> None:
+    axes.imshow(mosaic(rows), interpolation="nearest")
+    axes.set_yticks([r * (SIDE + 1) + SIDE / 2 - 0.5 for r in range(len(rows))], names)
     axes.set_xticks([])
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
     axes.set_title(title, fontsize=11)
+
+
+def mosaic(rows: np.ndarray) -> np.ndarray:
+    """Rows of images (R, C, 64) as one picture of colours (height, width, 3): ink is black, a gap between images blue, a NaN sand.
+
+    >>> mosaic(np.zeros((2, 3, 64))).shape
+    (17, 26, 3)
+    """
+    R, C = rows.shape[:2]
+    levels = np.full((R, SIDE + 1, C, SIDE + 1), -1.0)
+    levels[:, :SIDE, :, :SIDE] = rows.reshape(R, C, SIDE, SIDE).swapaxes(1, 2)
+    levels = levels.reshape(R * (SIDE + 1), C * (SIDE + 1))[:-1, :-1, None]
+    grey = np.broadcast_to(1 - levels / (LEVELS - 1), (*levels.shape[:2], 3))
+    return np.where(levels == -1, (0.80, 0.86, 0.93), np.where(np.isnan(levels), (0.93, 0.89, 0.80), grey))
 
 
 # --- 4: speed --------------------------------------------------------------------------------------------------------------------------
