@@ -153,7 +153,7 @@ def softmax_masked_forward(q: Array, k: Array, v: Array, *, causal: bool = False
     -------
     out : (..., Hq, N, M)
     residuals : tuple
-        For `softmax_masked_backward`: the inputs and P (..., Hkv, G, N, L) in the accumulator's dtype.
+        For `softmax_masked_backward`: the inputs, out, and exp(X - m) (..., Hkv, G, N, L) with its row sums l.
 
     Notes
     -----
@@ -169,20 +169,20 @@ def softmax_masked_forward(q: Array, k: Array, v: Array, *, causal: bool = False
     Q = _real(q, axes.groups, real_q, axes, xp)
     K, V = (_real(x, 1, real_k, axes, xp) for x in (k, v))
     X = xp.matmul(Q * s, _t(K))
-    P = _softmax(X, _visible(axes, causal, real_k), xp) if axes.L else X
-    O = _hide(xp.matmul(P, V), real_q, xp)
+    E, l = _weights(X, _visible(axes, causal, real_k), xp)
+    O = _hide(xp.matmul(E, V) / l, real_q, xp)
     out = _as(xp.reshape(O, (*axes.q_lead, axes.N, axes.M)), q.dtype, xp)
-    return out, (q, k, v, out, O, P, axes, s, real_q, real_k)
+    return out, (q, k, v, out, O, E, l, axes, s, real_q, real_k)
 
 
 def softmax_masked_backward(dout: Array | None, residuals: Residuals) -> Gradients:
     """Transpose of `softmax_masked_forward`, line by line.
 
-        out = P V              dV = Pᵀ dO,  dP = dO Vᵀ
-        P = softmax(X)         dX = P ∘ (dP - rowsum(dO ∘ out))
-        X = (s Q) Kᵀ           dQ = s dX K,  dK = dXᵀ (s Q)
+        out = P V                          dV = Pᵀ dO,  dP = dO Vᵀ
+        P = softmax(X) = exp(X - m) / l    dX = P ∘ (dP - rowsum(dO ∘ out))
+        X = (s Q) Kᵀ                       dQ = s dX K,  dK = dXᵀ (s Q)
 
-    Query heads that share a key/value head add up in dK and dV.
+    P is never divided by l: dO/l stands for dO in all three products. Query heads that share a key/value head add up in dK and dV.
 
     Parameters
     ----------
@@ -208,15 +208,16 @@ def softmax_masked_backward(dout: Array | None, residuals: Residuals) -> Gradien
     >>> softmax_masked_backward(np.array([[1.0]]), residuals)[2].ravel()
     array([0.5, 0.5])
     """
-    q, k, v, out, O, P, axes, s, real_q, real_k = residuals
+    q, k, v, out, O, E, l, axes, s, real_q, real_k = residuals
     check_cotangent("dout", dout, out)
     xp = namespace(q=q, k=k, v=v)
     if dout is None:
         return xp.zeros_like(q), xp.zeros_like(k), xp.zeros_like(v)
     Q, dO = (_real(x, axes.groups, real_q, axes, xp) for x in (q, dout))
     K, V = (_real(x, 1, real_k, axes, xp) for x in (k, v))
-    dV = xp.matmul(_t(P), dO)                                                          # O = P V
-    dX = P * (xp.matmul(dO, _t(V)) - xp.sum(dO * O, axis=-1, keepdims=True))           # P = softmax(X)
+    dO = dO / l
+    dV = xp.matmul(_t(E), dO)                                                          # O = P V
+    dX = E * (xp.matmul(dO, _t(V)) - xp.sum(dO * O, axis=-1, keepdims=True))           # P = softmax(X)
     dQ = s * xp.matmul(dX, K)                                                          # X = (s Q) Kᵀ
     dK = xp.matmul(_t(dX), Q * s)
     over_group = (xp.sum(d, axis=-3) for d in (dK, dV))
@@ -224,14 +225,14 @@ def softmax_masked_backward(dout: Array | None, residuals: Residuals) -> Gradien
     return dq, dk, dv
 
 
-def _softmax(X: Array, visible: np.ndarray | None, xp: Any) -> Array:
-    """exp(X) over its row sums, over the visible keys; a row that sees none is all zeros."""
+def _weights(X: Array, visible: np.ndarray | None, xp: Any) -> tuple[Array, Array]:
+    """exp(X - m) over the visible keys, and its row sums l; a row that sees no key has zeros and l = 1."""
     if visible is not None:
         X = xp.where(xp.asarray(visible), X, xp.asarray(-math.inf, dtype=X.dtype))
-    top = xp.max(X, axis=-1, keepdims=True)
+    top = xp.max(X, axis=-1, keepdims=True) if X.shape[-1] else xp.sum(X, axis=-1, keepdims=True)
     E = xp.exp(X - xp.where(xp.isfinite(top), top, xp.zeros_like(top)))       # a row of -inf: exp(-inf - 0) = 0, not exp(-inf + inf)
     total = xp.sum(E, axis=-1, keepdims=True)
-    return E / xp.where(total == 0, xp.ones_like(total), total)
+    return E, xp.where(total == 0, xp.ones_like(total), total)
 
 
 def _visible(axes: Axes, causal: bool, real_k: np.ndarray | None) -> np.ndarray | None:
