@@ -480,7 +480,7 @@ def _check(q: Array, k: Array, v: Array, feature_map: Any, eps: Any, causal: boo
     check_dtypes(q=q, k=k, v=v)
     axes = check_qkv(q, k, v, causal=causal)
     phi = find_feature_map(feature_map)
-    return xp, axes, phi, feature_size(phi, axes.D, accumulator(v.dtype)), check_number("eps", eps, least=0)
+    return xp, axes, phi, feature_size(phi, axes.D, _numpy_accumulator(v)), check_number("eps", eps, least=0)
 
 
 def _check_step(q_t: Array, k_t: Array, v_t: Array, state: Any, feature_map: Any, eps: Any) -> tuple[Any, Axes, FeatureMap, float, State]:
@@ -488,7 +488,7 @@ def _check_step(q_t: Array, k_t: Array, v_t: Array, state: Any, feature_map: Any
     check_dtypes(q_t=q_t, k_t=k_t, v_t=v_t)
     axes = check_qkv(q_t, k_t, v_t, causal=True, step=True)
     phi, eps, acc = find_feature_map(feature_map), check_number("eps", eps, least=0), accumulator(v_t.dtype)
-    F = feature_size(phi, axes.D, acc)
+    F = feature_size(phi, axes.D, _numpy_accumulator(v_t))
     if state is None:
         zeros = State(xp.zeros((*axes.kv_lead, F, axes.M), dtype=acc), xp.zeros((*axes.kv_lead, F), dtype=acc))
         return xp, axes, phi, eps, zeros
@@ -497,8 +497,8 @@ def _check_step(q_t: Array, k_t: Array, v_t: Array, state: Any, feature_map: Any
 
 
 def _check_state(state: Any, q: Array, axes: Axes, F: int) -> State:
-    if not isinstance(state, tuple) or len(state) != 2:
-        raise TypeError(f"state: expected State(S, z) as a former call returned it, got {type(state).__name__}")
+    if not isinstance(state, tuple) or len(state) != 2 or state[0] is None or state[1] is None:
+        raise TypeError(f"state: expected State(S, z) as a former call returned it, got {_described(state)}")
     state = State(*state)
     namespace(q=q, **{"state.S": state.S, "state.z": state.z})
     symbols = "(..., H, F, M)" if axes.headed else "(F, M)"
@@ -516,6 +516,14 @@ def check_state_dtype(S: Array, q: Array, name: str = "state") -> None:
         wide = "float32" if inputs in ("float16", "bfloat16") else inputs
         if given != wide:
             raise TypeError(f"{name} is {given} and q is {inputs}: expected a state in {wide}; nothing is cast silently")
+
+
+def _numpy_accumulator(x: Array) -> np.dtype:
+    return np.dtype("float32" if dtype_name(x) in ("float16", "bfloat16") else dtype_name(x))
+
+
+def _described(state: Any) -> str:
+    return f"({', '.join(type(x).__name__ for x in state)})" if isinstance(state, tuple) else type(state).__name__
 
 
 def _check_state_cotangent(dstate: Any, end: State) -> State | None:

@@ -125,7 +125,7 @@ def test_the_steps_backward_is_that_of_a_sequence_of_one(dtype, data):
     budgets.assert_within(ds.z, ds2.z, 2 * b.dz, "dz")
 
 
-@given(cases(longest=20), seeds)
+@given(cases(longest=40), seeds)
 def test_missing_states_and_cotangents_count_as_zero(c, seed):
     zeros = State(np.zeros_like(c.state), np.zeros_like(c.state[..., 0]))
     (out, end), without = vjp(causal_linear_attention, c.q, c.k, c.v)
@@ -166,7 +166,7 @@ def test_padding_changes_nothing_and_garbage_in_it_reaches_nothing(dtype, causal
 @pytest.mark.parametrize("causal", [False, True])
 @given(st.data())
 def test_backward_with_lengths_is_the_transpose_of_the_definition(causal, data):
-    c, rng = data.draw(cases(cross=not causal, longest=20)), np.random.default_rng(data.draw(seeds))
+    c, rng = data.draw(cases(cross=not causal, longest=40)), np.random.default_rng(data.draw(seeds))
     nq, nk = lengths_of(c, rng) if data.draw(st.booleans()) else (None, None)
     options = {"causal": causal, "query_lengths": nq, "key_lengths": nk}
     out, pullback = vjp(linear_attention, c.q, c.k, c.v, **options)
@@ -176,7 +176,7 @@ def test_backward_with_lengths_is_the_transpose_of_the_definition(causal, data):
                                        (b.dq, b.dk, b.dv), (c.dout,), rng)
 
 
-@given(cases(longest=20), seeds)
+@given(cases(longest=40), seeds)
 def test_lengths_of_the_first_axes_serve_all_heads(c, seed):
     if not c.dims.lead:
         return
@@ -227,7 +227,7 @@ def test_constant_values_pass_through(c, seed):
         budgets.assert_within(out, np.broadcast_to(row, out.shape), budgets.gamma(2 * n + 2, np.float32) * np.abs(row))
 
 
-@given(cases(longest=20), seeds)
+@given(cases(longest=40), seeds)
 def test_linear_in_v_and_blind_to_the_length_of_phi_q(c, seed):
     """With φ = identity and ε = 0 the map is linear in v, and a positive factor on q cancels; powers of two do so exactly."""
     rng = np.random.default_rng(seed)
@@ -244,7 +244,7 @@ def test_linear_in_v_and_blind_to_the_length_of_phi_q(c, seed):
     budgets.assert_within(f[0] + f[1], f[2], 3 * b.out)
 
 
-@given(cases(longest=20), seeds)
+@given(cases(longest=40), seeds)
 def test_strides_do_not_matter_and_inputs_stay_untouched(c, seed):
     rng = np.random.default_rng(seed)
     state, dz = state_of(c, rng), rng.standard_normal(c.state.shape[:-1])
@@ -262,7 +262,7 @@ def test_strides_do_not_matter_and_inputs_stay_untouched(c, seed):
         assert np.array_equal(x, y)
 
 
-@given(cases(longest=20), st.data())
+@given(cases(longest=40), st.data())
 def test_a_broadcast_cotangent_counts_as_what_it_shows(c, data):
     shown = np.broadcast_to(np.asarray(data.draw(st.integers(-3, 3))) * 0.5, c.dout.shape)
     for f, arrays in ((linear_attention, (c.q, c.k, c.v)), (causal_linear_attention, (c.q, c.k, c.v))):

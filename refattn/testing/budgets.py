@@ -70,7 +70,7 @@ def assert_within(actual: Any, expected: Any, bound: Any, what: str = "out") -> 
         error = np.abs(wide - expected)
         error = np.where(np.isnan(error), np.inf, np.where(wide == expected, 0.0, error))
         at = tuple(int(i) for i in np.unravel_index(np.argmax(np.where(error == 0, 0.0, error / np.maximum(bound, 1e-300))), error.shape))
-    raise AssertionError(f"{what}{list(at)}: got {wide[at]!r}, expected {np.asarray(expected)[at]!r}; error {error[at]:.3e} is {ratio:.3g} times "
+    raise AssertionError(f"{what}{list(at)}: got {float(wide[at])!r}, expected {float(np.asarray(expected)[at])!r}; error {error[at]:.3e} is {ratio:.3g} times "
                          f"the bound {bound[at]:.3e}")
 
 
