@@ -42,6 +42,7 @@ EXTRAS = {"sklearn": "scikit-learn", "safetensors": "safetensors", "tqdm": "tqdm
 
 LEVELS, SIDE = 17, 8
 PIXELS = SIDE * SIDE
+ANY = 10
 HELD_OUT = 297
 UPDATES_PER_MINUTE = 400          # on two ordinary cores
 CHECKPOINT_SECONDS = 5.0
@@ -114,23 +115,17 @@ def demo(out: str, checkpoint: str, plan: Plan, scans: Scans, start: Training, *
         if not line.ratio <= 1:
             raise AssertionError(f"{line.form}: its error is {line.ratio:.3g} times the derived bound; the forms disagree on this machine")
 
-    histogram = histogram_fit(scans.train)
-    uniform, known = math.log2(LEVELS), (histogram_bits(histogram, scans.train), histogram_bits(histogram, scans.test))
     config = plan.config()
-    fresh = transformer_init(np.random.default_rng(plan.seed), config)
-    _say(f"\n2. Training: a causal linear transformer, {plan.layers} layers of width {plan.width}, {plan.heads} heads, "
-         f"{sum(x.size for x in fresh.values()):,} weights, float32;\n"
-         f"   {plan.updates} updates of {plan.batch} images (a fixed number: an interrupted run ends with the same weights)\n")
+    weights = sum(x.size for x in start.params.values())
+    _say(f"\n2. Training: a causal linear transformer, {plan.layers} layers of width {plan.width}, {plan.heads} heads, {weights:,} weights,\n"
+         f"   float32; {plan.updates} updates of {plan.batch} images (a fixed number: an interrupted run ends with the same weights)\n")
     state = train(checkpoint, plan, scans, start)
-    final = bits_per_pixel(state.params, scans.train, config), bits_per_pixel(state.params, scans.test, config)
-    _say(f"\n   {'bits per pixel':<34} {'training':>8}  {'held out':>8}")
-    for name, (a, b) in (("uniform: log2 17", (uniform, uniform)), ("histogram of each pixel", known), ("linear transformer", final)):
-        _say(f"   {name:<34} {a:8.3f}  {b:8.3f}")
+    _say("\n" + bits_table(state.params, config, scans))
     _say(f"   trained in {state.seconds:.0f} s, interruptions left out")
 
     _say("\n3. The same weights as an RNN, a pixel at a time\n")
     path = os.path.join(out, "digits.png")
-    draw(path, state.params, config, scans, np.random.default_rng([plan.seed, 2]), rows=1 if few else 4)
+    draw(path, state.params, config, scans, np.random.default_rng([plan.seed, 2]), rows=1 if few else 3)
     _say(f"   drawn and completed digits: {path}")
 
     _say("\n4. Images per second, the same model size, float32, all in one run\n")
@@ -155,9 +150,10 @@ def _cores() -> int:
 # --- the data --------------------------------------------------------------------------------------------------------------------------
 
 class Scans(NamedTuple):
-    """Images as rows of 64 levels 0 … 16, top left to bottom right, and which digit each of the held-out ones is."""
+    """Images as rows of 64 levels 0 … 16, top left to bottom right, and which digit each of them is."""
 
     train: np.ndarray
+    train_digit: np.ndarray
     test: np.ndarray
     test_digit: np.ndarray
 
@@ -168,17 +164,20 @@ def digits_load() -> Scans:
 
     images, digit = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(images))       # not the run's seed: figures of different seeds can be compared
-    tokens, digit = images[order].astype(np.int64), digit[order]
-    return Scans(tokens[:-HELD_OUT], tokens[-HELD_OUT:], digit[-HELD_OUT:])
+    tokens, digit = images[order].astype(np.int64), digit[order].astype(np.int64)
+    return Scans(tokens[:-HELD_OUT], digit[:-HELD_OUT], tokens[-HELD_OUT:], digit[-HELD_OUT:])
 
 
-def shift(images: np.ndarray) -> np.ndarray:
-    """What the model reads when it predicts `images`: 0, x_0, …, x_62. (Its position tells the first 0 from ink that is not there.)
+def shift(images: np.ndarray, digit: np.ndarray | None = None) -> np.ndarray:
+    """What the model reads when it predicts `images`: the digit (10 stands for any), x_0, …, x_62.
 
-    >>> shift(np.array([[3, 1, 2]]))
-    array([[0, 3, 1]])
+    The first token is one of the same seventeen; its position tells it from ink.
+
+    >>> shift(np.array([[3, 1, 2]])), shift(np.array([[3, 1, 2]]), np.array([7]))
+    (array([[10,  3,  1]]), array([[7, 3, 1]]))
     """
-    return np.concatenate([np.zeros_like(images[:, :1]), images[:, :-1]], axis=1)
+    first = np.full(len(images), ANY) if digit is None else digit
+    return np.concatenate([first[:, None], images[:, :-1]], axis=1)
 
 
 # --- the baseline ----------------------------------------------------------------------------------------------------------------------
@@ -194,8 +193,9 @@ def histogram_fit(images: np.ndarray) -> np.ndarray:
 
 
 def histogram_bits(histogram: np.ndarray, images: np.ndarray) -> float:
-    """Mean of -log2 p_i(x_i): bits per pixel if all pixels were independent."""
-    return float(-np.log2(histogram[np.arange(images.shape[1]), images]).mean())
+    """Mean of -log2 p_i(x_i): bits per pixel if all pixels were independent. `histogram` (N, 17), or (B, N, 17): one for each image."""
+    each = np.broadcast_to(histogram, (*images.shape, LEVELS))
+    return float(-np.log2(np.take_along_axis(each, images[..., None], axis=-1)).mean())
 
 
 # --- 1: the forms agree ----------------------------------------------------------------------------------------------------------------
@@ -304,15 +304,19 @@ def train_init(plan: Plan, images: int) -> Training:
     return Training(params, adam_init(params), rng.permutation(images), 0, rng.bit_generator.state, 0, 0.0, [])
 
 
-def train_step(state: Training, images: np.ndarray, plan: Plan) -> tuple[Training, float]:
-    """One update on the next `plan.batch` images; returns the state after it and the loss before it, in bits per pixel."""
+def train_step(state: Training, images: np.ndarray, digit: np.ndarray, plan: Plan) -> tuple[Training, float]:
+    """One update on the next `plan.batch` images; returns the state after it and the loss before it, in bits per pixel.
+
+    Every other image comes with its digit, so that one model learns to draw what it is asked for and to go on without being told.
+    """
     order, position, rng = state.order, state.position, state.rng
     if position + plan.batch > len(order):              # the few that are left over have their turn in another epoch
         shuffler = np.random.default_rng()
         shuffler.bit_generator.state = rng
         order, position, rng = shuffler.permutation(len(order)), 0, shuffler.bit_generator.state
-    batch = images[order[position: position + plan.batch]]
-    logits, residuals = transformer_forward(state.params, shift(batch), plan.config())
+    chosen = order[position: position + plan.batch]
+    batch, told = images[chosen], np.where(np.arange(plan.batch) % 2, ANY, digit[chosen])
+    logits, residuals = transformer_forward(state.params, shift(batch, told), plan.config())
     loss, r_loss = cross_entropy_forward(logits, batch)
     grads, _ = clip_by_global_norm(transformer_backward(cross_entropy_backward(1.0, r_loss), residuals), plan.clip)
     rate = warm_up(state.update, plan.warm_up) * cosine_rate(state.update, plan.learning_rate, plan.updates)
@@ -360,7 +364,7 @@ def train(path: str, plan: Plan, scans: Scans, state: Training) -> Training:
     with tqdm(total=plan.updates, initial=state.update, desc="   training", unit="update", disable=None, leave=False) as bar:
         while state.update < plan.updates:
             start = time.perf_counter()
-            state, now = train_step(state, scans.train, plan)
+            state, now = train_step(state, scans.train, scans.train_digit, plan)
             state = state._replace(seconds=state.seconds + time.perf_counter() - start)
             loss = now if loss is None else 0.95 * loss + 0.05 * now
             bar.set_postfix_str(f"{loss:.3f} bits per pixel", refresh=False)
@@ -381,31 +385,42 @@ def _history_row(row: dict[str, float]) -> str:
     return f"   {row['update']:6.0f}  {row['seconds']:7.1f}  {row['training']:8.3f}  {row['held out']:8.3f}"
 
 
-def bits_per_pixel(params: Params, images: np.ndarray, config: Config) -> float:
-    """Mean of -log2 p(x_i | x_<i) over all pixels of all images: a code of that many bits could store them."""
+def bits_per_pixel(params: Params, images: np.ndarray, config: Config, digit: np.ndarray | None = None) -> float:
+    """Mean of -log2 p(x_i | x_<i) over all pixels of all images, or p(x_i | x_<i, digit): a code of that many bits could store them."""
     nats = 0.0
     for i in range(0, len(images), 100):
-        some = images[i: i + 100]
-        logits, _ = transformer_forward(params, shift(some), config)
+        some, told = images[i: i + 100], None if digit is None else digit[i: i + 100]
+        logits, _ = transformer_forward(params, shift(some, told), config)
         nats += float(cross_entropy_forward(logits, some)[0]) * len(some)
     return float(bits(nats / len(images)))
+
+
+def bits_table(params: Params, config: Config, scans: Scans) -> str:
+    """The model beside what it has to beat, on the images it learnt from and on those it never saw."""
+    sides = ((scans.train, scans.train_digit), (scans.test, scans.test_digit))
+    alone = histogram_fit(scans.train)
+    by_digit = np.stack([histogram_fit(scans.train[scans.train_digit == d]) for d in range(10)])
+    rows = {"uniform: log2 17": [math.log2(LEVELS)] * 2,
+            "histogram of each pixel": [histogram_bits(alone, x) for x, _ in sides],
+            "linear transformer": [bits_per_pixel(params, x, config) for x, _ in sides],
+            "histogram, told the digit": [histogram_bits(by_digit[d], x) for x, d in sides],
+            "linear transformer, told the digit": [bits_per_pixel(params, x, config, d) for x, d in sides]}
+    return "\n".join([f"   {'bits per pixel':<36} {'training':>8}  {'held out':>8}",
+                      *(f"   {name:<36} {a:8.3f}  {b:8.3f}" for name, (a, b) in rows.items())])
 
 
 # --- 3: drawing ------------------------------------------------------------------------------------------------------------------------
 
 def draw(path: str, params: Params, config: Config, scans: Scans, rng: np.random.Generator, *, rows: int) -> None:
-    """Draw `rows` rows of digits, complete the lower half of ten held-out scans `rows` - 1 times (at least once), save one PNG."""
-    begin = np.zeros((10 * rows, 1), np.int64)
-    drawn = generate(params, config, begin, PIXELS, rng)[:, 1:]
-    originals = scans.test[[np.flatnonzero(scans.test_digit == digit)[0] for digit in range(10)]]
-    half = PIXELS // 2
-    tries = max(rows - 1, 1)
-    prompt = np.tile(np.concatenate([begin[:10], originals[:, :half]], axis=1), (tries, 1))
+    """Draw each digit `rows` times; complete the lower half of ten held-out scans as often, untold what they are; save one PNG."""
+    half, digits = PIXELS // 2, np.arange(10)
+    drawn = generate(params, config, np.tile(digits, rows)[:, None], PIXELS, rng)[:, 1:]
+    originals = scans.test[[np.flatnonzero(scans.test_digit == digit)[0] for digit in digits]]
+    prompt = np.tile(shift(originals)[:, : 1 + half], (rows, 1))
     completed = generate(params, config, prompt, PIXELS - half, rng)[:, 1:]
-    shown = originals.astype(float)
-    shown[:, half:] = np.nan
-    _figure(path, np.reshape(drawn, (rows, 10, PIXELS)),
-            {"shown half": shown, **{f"completion {i + 1}": completed[10 * i: 10 * i + 10] for i in range(tries)}, "original": originals})
+    shown = np.where(np.arange(PIXELS) < half, originals, np.nan)
+    completions = {f"completion {i + 1}": completed[10 * i: 10 * i + 10] for i in range(rows)}
+    _figure(path, drawn.reshape(rows, 10, PIXELS), {"shown half": shown, **completions, "original": originals})
 
 
 def _figure(path: str, drawn: np.ndarray, completions: dict[str, np.ndarray]) -> None:
@@ -416,9 +431,8 @@ def _figure(path: str, drawn: np.ndarray, completions: dict[str, np.ndarray]) ->
     figure = Figure(figsize=(9, 0.9 * rows + 1.3), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 1, height_ratios=[len(drawn), len(completions)])
-    _show(upper, drawn, [""] * len(drawn), "Drawn by the linear transformer: pixel after pixel, each sampled given those before it")
-    _show(lower, np.stack(list(completions.values())), list(completions),
-            "Held-out scans: the upper half is shown, the model completes the lower half")
+    _show(upper, drawn, [""] * len(drawn), "Asked for 0 to 9, the linear transformer draws pixel after pixel")
+    _show(lower, np.stack(list(completions.values())), list(completions), "Held-out scans: shown the upper half, it draws the lower half")
     data = io.BytesIO()
     figure.savefig(data, format="png")
     replace_file(path, data.getvalue())

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from refattn import demo
-from refattn.checkpoint import checkpoint_load
 from refattn.demo import Plan, Training
 
 TINY = Plan(seed=5, updates=9, batch=7, warm_up=2, width=8, heads=2, layers=1)
@@ -28,7 +26,7 @@ def some_images(count: int, seed: int = 0) -> np.ndarray:
 
 def after(state: Training, updates: int, images: np.ndarray, plan: Plan = TINY) -> Training:
     for _ in range(updates):
-        state, _ = demo.train_step(state, images, plan)
+        state, _ = demo.train_step(state, images, images[:, 0] % 10, plan)
     return state
 
 
@@ -69,7 +67,7 @@ def test_every_image_has_its_turn_once_an_epoch() -> None:
     images = some_images(21)
     state, seen = demo.train_init(TINY, len(images)), []
     for _ in range(6):
-        state, _ = demo.train_step(state, images, TINY)
+        state, _ = demo.train_step(state, images, images[:, 0] % 10, TINY)
         seen.append(state.order[state.position - TINY.batch: state.position])
     for epoch in (np.concatenate(seen[:3]), np.concatenate(seen[3:])):
         np.testing.assert_array_equal(np.sort(epoch), np.arange(21))
@@ -89,24 +87,48 @@ def test_the_model_learns_one_image_by_heart() -> None:
     assert demo.bits_per_pixel(state.params, images, plan.config()) < math.log2(17) / 2
 
 
+DYING = """
+import os, signal, sys
+import numpy as np
+from refattn import checkpoint, demo
+
+path, module, name, at = sys.argv[1:]
+module, calls = {"os": checkpoint.os, "demo": demo}[module], 0
+lives = getattr(module, name)
+
+def dies(*arguments, **options):
+    global calls
+    calls += 1
+    if calls == int(at):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return lives(*arguments, **options)
+
+setattr(module, name, dies)
+demo.CHECKPOINT_SECONDS = 0
+x = np.random.default_rng(0).integers(0, demo.LEVELS, (17, demo.PIXELS))
+plan = demo.Plan(**PLAN)
+start = demo.training_load(path, plan) if os.path.exists(path) else demo.train_init(plan, len(x))
+demo.train(path, plan, demo.Scans(x, x[:, 0] % 10, x, x[:, 0] % 10), start)
+"""
+
+
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 def test_a_killed_process_goes_on_to_the_same_weights(tmp_path: Path) -> None:
-    """Killed twice with a checkpoint after every update, then left alone; beside it, a run that nothing disturbs."""
-    plan, path = TINY._replace(updates=250), tmp_path / "x.safetensors"
-    script = ("import os, sys, numpy as np; from refattn import demo; from refattn.demo import *; demo.CHECKPOINT_SECONDS = 0; "
-              f"path, plan = sys.argv[1], {plan!r}; x = np.random.default_rng(0).integers(0, 17, (17, 64)); "
-              "start = training_load(path, plan) if os.path.exists(path) else train_init(plan, 17); "
-              "train(path, plan, Scans(x, x, x[:, 0]), start)")
-    command = [sys.executable, "-c", script, str(path)]
-    for kill_at in (2, 11):
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as running:
-            while running.poll() is None and not (path.exists() and checkpoint_load(path)[1]["update"] >= kill_at):
-                time.sleep(0.002)
-            running.send_signal(signal.SIGKILL)
-        assert kill_at <= checkpoint_load(path)[1]["update"] < plan.updates
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    images = some_images(17)
-    assert_same_training(demo.training_load(path, plan), after(demo.train_init(plan, 17), plan.updates, images, plan))
+    """Killed within an update, before the new file is whole, before and after it replaces the old one, while measuring; then left alone."""
+    plan, path = TINY._replace(updates=14), tmp_path / "x.safetensors"
+    script, images = DYING.replace("PLAN", repr(plan._asdict())), some_images(17)
+    whole = [demo.train_init(plan, 17)]
+    for _ in range(plan.updates):
+        whole.append(after(whole[-1], 1, images, plan))
+    reached = 0
+    for module, name, at, gain in (("demo", "radam_step", 3, 2), ("os", "fsync", 5, 2), ("os", "replace", 2, 1), ("os", "open", 3, 3),
+                                   ("demo", "bits_per_pixel", 3, 1)):
+        killed = subprocess.run([sys.executable, "-c", script, str(path), module, name, str(at)], stdout=subprocess.DEVNULL)
+        assert killed.returncode == -signal.SIGKILL
+        reached += gain
+        assert_same_training(demo.training_load(path, plan), whole[reached])
+    subprocess.run([sys.executable, "-c", script, str(path), "os", "replace", "99"], check=True, stdout=subprocess.DEVNULL)
+    assert_same_training(demo.training_load(path, plan), whole[-1])
 
 
 def test_the_loss_is_in_bits_per_pixel_and_all_images_count_alike() -> None:
@@ -115,8 +137,10 @@ def test_the_loss_is_in_bits_per_pixel_and_all_images_count_alike() -> None:
     config, params = TINY.config(), state.params
     flat = {name: x * 0 for name, x in params.items()}
     assert demo.bits_per_pixel(flat, images, config) == pytest.approx(math.log2(17), abs=1e-6)     # float32: a rounding of log 17
-    each = [demo.bits_per_pixel(params, image[None], config) for image in images]
-    assert demo.bits_per_pixel(params, images, config) == pytest.approx(np.mean(each), abs=1e-5)
+    digit = images[:, 0] % 10
+    for told in (None, digit):
+        each = [demo.bits_per_pixel(params, images[i: i + 1], config, None if told is None else told[i: i + 1]) for i in range(203)]
+        assert demo.bits_per_pixel(params, images, config, told) == pytest.approx(np.mean(each), abs=1e-5)
 
 
 @given(at=st.integers(0, demo.PIXELS - 1), seed=st.integers(0, 99))
@@ -127,6 +151,18 @@ def test_a_pixel_is_predicted_without_itself_and_what_follows(at: int, seed: int
     changed[:, at:] = some_images(1, seed + 1)[:, at:]
     one, other = (demo.transformer_forward(params, demo.shift(x), TINY.config())[0][:, : at + 1] for x in (image, changed))
     np.testing.assert_array_equal(one, other)
+
+
+def test_the_model_sees_only_the_digits_that_it_is_told() -> None:
+    images, digit = some_images(14), np.arange(14) % 10
+    state = demo.train_init(TINY, 14)
+    told, untold = state.order[:7:2], state.order[1:7:2]
+    other = digit.copy()
+    other[untold] += 1
+    assert_same_training(demo.train_step(state, images, digit, TINY)[0], demo.train_step(state, images, other % 10, TINY)[0])
+    other[told] += 1
+    one, two = (demo.train_step(state, images, d, TINY)[0].params["token.weight"] for d in (digit, other % 10))
+    assert not np.array_equal(one, two)
 
 
 @pytest.mark.parametrize("change", [{"seed": 6}, {"updates": 10}, {"width": 16}])
@@ -148,8 +184,9 @@ def test_the_scans_are_whole_and_no_image_is_on_both_sides() -> None:
     everything = np.concatenate([scans.train, scans.test])
     np.testing.assert_array_equal(everything[np.lexsort(everything.T)], images[np.lexsort(images.T)])
     assert sorted(set(scans.test_digit)) == list(range(10))
-    for image, d in zip(scans.test[:20], scans.test_digit):
-        assert d in digit[(images == image).all(axis=1)]
+    for some, digits in ((scans.train[:20], scans.train_digit), (scans.test[:20], scans.test_digit)):
+        for image, d in zip(some, digits):
+            assert d in digit[(images == image).all(axis=1)]
 
 
 @given(count=st.integers(0, 5), pixels=st.integers(1, 4), seed=st.integers(0, 99))
@@ -163,6 +200,7 @@ def test_the_histogram_is_the_add_one_frequency(count: int, pixels: int, seed: i
     if count:
         by_hand = -sum(math.log2(histogram[i, image[i]]) for image in images for i in range(pixels)) / (count * pixels)
         assert demo.histogram_bits(histogram, images) == pytest.approx(by_hand, rel=1e-12)
+        assert demo.histogram_bits(np.stack([histogram] * count), images) == pytest.approx(by_hand, rel=1e-12)
 
 
 def test_every_form_stays_within_its_bound_and_integers_are_exact() -> None:
@@ -220,7 +258,8 @@ def test_the_shown_half_is_kept_and_only_the_rest_is_drawn(tmp_path: Path, monke
     assert kept["drawn"].shape == (3, 10, 64)
     for digit, image in enumerate(kept["original"]):
         assert digit in scans.test_digit[(scans.test == image).all(axis=1)]
-    for name in ("shown half", "completion 1", "completion 2"):
+    assert list(kept)[1:] == ["shown half", "completion 1", "completion 2", "completion 3", "original"]
+    for name in ("shown half", "completion 1", "completion 3"):
         np.testing.assert_array_equal(kept[name][:, :32], kept["original"][:, :32])
     assert np.isnan(kept["shown half"][:, 32:]).all()
     assert not np.array_equal(kept["completion 1"], kept["completion 2"])
@@ -233,7 +272,7 @@ def test_the_smoke_run_does_everything_and_a_second_one_finds_it_done(tmp_path: 
     assert demo.main(["--smoke", "--out", str(out)]) == 0
     first, errors = capsys.readouterr()
     assert errors == ""
-    for words in ("1,500 to learn from, 297 held out", "uniform: log2 17                      4.087     4.087", "histogram of each pixel",
+    for words in ("1,500 to learn from, 297 held out", "uniform: log2 17                        4.087     4.087", "histogram of each pixel",
                   "linear, as an RNN", "softmax, key/value cache", "softmax, recomputed", "12 updates of 20 images"):
         assert words in first
     assert sorted(os.listdir(out)) == ["checkpoint.safetensors", "digits.png"]
