@@ -18,7 +18,8 @@ import numpy as np
 Stack = list[Any]
 Reader = Callable[[slice, np.ndarray], object]
 
-HEADS_PER_STACK = 4       # NumPy's cost per call is shared by that many heads, and their buffers still fit a 1 MB second-level cache
+BUFFER_BYTES = 1 << 19    # what one thread works on at a time: half of a common second-level cache
+HEADS_PER_STACK = 4
 FLOPS_WORTH_THREADS = 1 << 22
 
 
@@ -28,8 +29,8 @@ def blocks(n: int, size: int, reverse: bool = False) -> list[slice]:
     return rows[::-1] if reverse else rows
 
 
-def stacks(lead: tuple[int, ...], *arrays: np.ndarray | None) -> Iterator[Stack]:
-    """Cut arrays `(*lead, …)` into views `(h, …)` of at most HEADS_PER_STACK heads; None stays None. Nothing is copied."""
+def stacks(lead: tuple[int, ...], *arrays: np.ndarray | None, most: int = HEADS_PER_STACK) -> Iterator[Stack]:
+    """Cut arrays `(*lead, …)` into views `(h, …)` of at most `most` heads; None stays None. Nothing is copied."""
     merged = _merge_leading(lead, arrays)
     if merged is not None:
         lead, arrays = (merged[0],), merged[1]
@@ -37,7 +38,7 @@ def stacks(lead: tuple[int, ...], *arrays: np.ndarray | None) -> Iterator[Stack]
         yield [None if x is None else x[None] for x in arrays]
         return
     for index in np.ndindex(lead[:-1]):
-        for heads in blocks(lead[-1], HEADS_PER_STACK):
+        for heads in blocks(lead[-1], most):
             yield [None if x is None else x[index][heads] for x in arrays]
 
 
@@ -60,28 +61,29 @@ def split_groups(x: np.ndarray, heads: int, headed: bool) -> np.ndarray:
 
 
 def reader(x: np.ndarray, lengths: np.ndarray | None = None) -> Reader:
-    """Copies positions `rows` of x (h, …, N, D) into a buffer (h, …, rows, D). Behind a head's length the buffer gets zeros and
-    x is not even looked at, so that no garbage from padding can reach a result."""
+    """Copies positions `rows` of x (h, G, N, D) into a buffer (h, G, rows, D), or (h, G, chunks, rows per chunk, D). Behind a head's length
+    the buffer gets zeros and x is not even looked at, so that no garbage from padding can reach a result."""
     shortest = None if lengths is None or not lengths.size else int(lengths.min())
 
     def read(rows: slice, buffer: np.ndarray) -> None:
+        block = x[..., rows, :].reshape(buffer.shape)                      # splits an axis at most: a view
         if shortest is None or rows.stop <= shortest:
-            np.copyto(buffer, x[..., rows, :])
+            np.copyto(buffer, block)
         else:
             buffer[...] = 0
-            np.copyto(buffer, x[..., rows, :], where=real_rows(lengths, rows, buffer.ndim))
+            np.copyto(buffer, block, where=real_rows(lengths, rows, buffer.shape))
 
     return read
 
 
-def real_rows(lengths: np.ndarray | None, rows: slice, ndim: int) -> Any:
-    """True where a position is not padding, shaped to broadcast against a block (h, …, rows, D) of `ndim` axes.
+def real_rows(lengths: np.ndarray | None, rows: slice, shape: tuple[int, ...]) -> Any:
+    """True where a position is not padding, for a block of `shape` (h, G, rows, D) or (h, G, chunks, rows per chunk, D).
 
-    `lengths` is (h,), or (h, …) with all axes before the positions."""
+    `lengths` is (h,), or (h, G)."""
     if lengths is None:
         return True
-    per_head = lengths.reshape(lengths.shape + (1,) * (ndim - lengths.ndim))
-    return np.arange(rows.start, rows.stop)[:, None] < per_head
+    positions = np.arange(rows.start, rows.stop).reshape(*shape[2:-1], 1)
+    return positions < lengths.reshape(lengths.shape + (1,) * (len(shape) - lengths.ndim))
 
 
 def over_heads(work: Callable[..., None], items: Sequence[Stack], flops: float) -> None:
