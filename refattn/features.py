@@ -95,7 +95,7 @@ def elu1_forward(x: Array) -> Array:
     array([0., 1., 3.])
     """
     xp = _namespace(x)
-    zero = xp.zeros_like(x)
+    zero = xp.zeros(x.shape, dtype=x.dtype)
     return xp.maximum(x, zero) + xp.exp(xp.minimum(x, zero))
 
 
@@ -117,7 +117,7 @@ def elu1_backward(dy: Array, x: Array) -> Array:
     array([0., 3., 3.])
     """
     xp = _elementwise(dy, x)
-    return dy * xp.exp(xp.minimum(x, xp.zeros_like(x)))
+    return dy * xp.exp(xp.minimum(x, xp.zeros(x.shape, dtype=x.dtype)))
 
 
 def relu_forward(x: Array) -> Array:
