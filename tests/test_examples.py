@@ -1,0 +1,33 @@
+"""The examples run by themselves, and what they print is true."""
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from refattn import oracle
+from refattn.testing import budgets
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def test_01_chunked_equals_recurrent(capsys: pytest.CaptureFixture[str]) -> None:
+    names = runpy.run_path(str(EXAMPLES / "01_chunked_equals_recurrent.py"))
+    q, k, v, dout, along, out, steps = (names[name] for name in ("q", "k", "v", "dout", "along", "out", "steps"))
+    # φ: 8 roundings for each of q and k; D products and N sums above and below the line; one division
+    roundings = budgets.gamma(2 * (16 + 16 + 100) + 2, np.float64)
+    truth, size = (oracle.causal_linear_attention(q, k, x)[0] for x in (v, np.abs(v)))
+    for form in (out, steps):
+        budgets.assert_within(form, truth, roundings * size)
+    # a central difference is off by the roundings of its two ends, and by a curvature of which D(h) - D(2h) shows three times as much
+    slope = {}
+    for h in (1e-4, 2e-4):
+        ahead, behind = (oracle.causal_linear_attention(q, k + side * along, v)[0] for side in (h, -h))
+        slope[h] = float((dout * (ahead - behind)).sum()) / (2 * h)
+    gradient = float((names["pullback"](dout)[1] * along).sum())
+    allowed = roundings * float((np.abs(dout) * size).sum()) / 1e-4 + abs(slope[1e-4] - slope[2e-4])
+    assert abs(gradient - slope[1e-4]) <= allowed < 1e-5 * abs(gradient)
+    printed = capsys.readouterr().out
+    assert f"differ by at most {abs(out - steps).max():.1e}" in printed and f"gradient {gradient:.9f}" in printed
