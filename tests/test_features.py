@@ -484,6 +484,15 @@ def test_what_cannot_be_represented_is_inf_and_said(name, dtype):
         assert not np.isnan(case(name, 4).fm.backward(np.ones_like(y), x)).any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_features_keep_their_digits(dtype):
+    """Far below 0 elu + 1 is eˣ to its last digits: computed as (eˣ - 1) + 1 it would have none left."""
+    x = np.linspace(-80, -3, 78, dtype=dtype)
+    exact = np.exp(x.astype(np.longdouble))
+    judge(features.elu1_forward(x), exact, budget(E, dtype, exact), "elu1")
+    judge(features.elu1_backward(np.ones_like(x), x), exact, budget(E + 1, dtype, exact), "dx of elu1")
+
+
 def test_derivatives_survive_where_their_factors_do_not():
     """eˣ and 2x are larger than the largest number, their products with dy are not. (Warnings are errors.)"""
     dy = np.array([1e-10], np.float32)
