@@ -26,7 +26,7 @@ EXTRAS = {"sklearn", "matplotlib", "tqdm", "safetensors", "ml_dtypes", "cupy", "
           "mpi4py", "scipy", "numba", "threadpoolctl", "hypothesis", "pytest", "array_api_strict"}
 CORE = {"numpy", "threadpoolctl"}
 
-IMPORT_COST = 0.050   # seconds on top of NumPy's own import
+IMPORT_COST = 0.050   # seconds of processor time on top of NumPy's own import
 
 
 def setup_cfg() -> configparser.ConfigParser:
@@ -77,7 +77,8 @@ def test_import_brings_numpy_and_nothing_else():
 
 
 def test_import_costs_no_more_than_numpy_plus_50_ms():
-    code = "import time, numpy; start = time.perf_counter(); import refattn; print(time.perf_counter() - start)"
+    """In processor time, not by the clock: with the other test processes beside it, the clock measures them too. Waiting is not seen."""
+    code = "import time, numpy; start = time.process_time(); import refattn; print(time.process_time() - start)"
     run_python(code)                                                    # byte code is written once, not at every import
     costs = [float(run_python(code)) for _ in range(7)]
     assert statistics.median(costs) <= IMPORT_COST, f"import refattn costs {[f'{1e3 * cost:.0f} ms' for cost in costs]} after NumPy's"
