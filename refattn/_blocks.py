@@ -23,10 +23,10 @@ HEADS_PER_STACK = 4
 FLOPS_WORTH_THREADS = 1 << 22
 
 
-def blocks(n: int, size: int, reverse: bool = False) -> list[slice]:
-    """Positions 0 … n-1 in consecutive slices of `size`; the last one may be shorter."""
-    rows = [slice(i, min(i + size, n)) for i in range(0, n, size)]
-    return rows[::-1] if reverse else rows
+def blocks(n: int, size: int, reverse: bool = False) -> Iterator[slice]:
+    """Positions 0 … n-1 in consecutive slices of `size`; the last one may be shorter. One at a time: a list would grow with n."""
+    starts = range(0, n, size)
+    return (slice(i, min(i + size, n)) for i in (reversed(starts) if reverse else starts))
 
 
 def stacks(lead: tuple[int, ...], *arrays: np.ndarray | None, most: int = HEADS_PER_STACK) -> Iterator[Stack]:

@@ -25,13 +25,14 @@ so every form needs one function, called once forward and three times backward.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from ._array import Array, accumulator, namespace
-from ._blocks import BUFFER_BYTES, Reader, over_heads, reader, split_groups, stacks
+from ._blocks import BUFFER_BYTES, Reader, blocks, over_heads, reader, split_groups, stacks
 
 Residuals = tuple[Any, ...]
 Store = Callable[[slice, np.ndarray], None]
@@ -210,13 +211,12 @@ def running_product(read_q: Reader, read_k: Reader, read_v: Reader, store: Store
     S[...] = run
 
 
-def _chunk_blocks(n: int, C: int, T: int, reverse: bool) -> list[tuple[slice, int, int]]:
+def _chunk_blocks(n: int, C: int, T: int, reverse: bool) -> Iterator[tuple[slice, int, int]]:
     """Positions 0 … n-1 as blocks (rows, chunks, rows per chunk): full ones of T chunks, the rest's full chunks, a shorter last chunk."""
     whole, done = n // (T * C) * T * C, n // C * C
-    parts = [(slice(a, a + T * C), T, C) for a in range(0, whole, T * C)]
-    parts += [(slice(whole, done), (done - whole) // C, C)] if done > whole else []
-    parts += [(slice(done, n), 1, n - done)] if n > done else []
-    return parts[::-1] if reverse else parts
+    rest = [(slice(whole, done), (done - whole) // C, C)] * (done > whole) + [(slice(done, n), 1, n - done)] * (n > done)
+    full = ((rows, T, C) for rows in blocks(whole, T * C, reverse))
+    return chain(reversed(rest), full) if reverse else chain(full, rest)
 
 
 def _chunks_at_once(heads: int, gq: int, gk: int, C: int, D: int, M: int, itemsize: int) -> int:

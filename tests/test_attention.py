@@ -1,13 +1,15 @@
 """Linear attention with φ and its normaliser: the public functions against eq. 4-12, forward and backward."""
 from __future__ import annotations
 
+import tracemalloc
+
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refattn import State, causal_linear_attention, causal_linear_attention_step, linear_attention, oracle, vjp
+from refattn import State, causal_linear_attention, causal_linear_attention_step, linear_attention, oracle, recurrence, vjp
 from refattn.attention import attention_backward, attention_forward, attention_functional_backward, attention_functional_forward
 from refattn.causal import causal_masked_backward, causal_masked_forward, causal_scan_backward, causal_scan_forward, running_product
 from refattn.features import feature_map
@@ -325,7 +327,7 @@ def test_a_users_own_pair_of_functions_is_a_feature_map(rng):
 
 
 def test_a_long_sequence_on_threads_equals_the_scan(rng):
-    q, k, v, dout = (rng.standard_normal((2, 3, 2500, 16)).astype(np.float32) for _ in range(4))
+    q, k, v, dout = (rng.standard_normal((2, 3, 1100, 16)).astype(np.float32) for _ in range(4))
     out, pullback = vjp(linear_attention, q, k, v, causal=True)
     start, phi = np.zeros((2, 3, 16, 17), np.float32), feature_map("elu1")
     out2, _, residuals = attention_functional_forward(causal_scan_forward, q, k, v, start, phi, 1e-6)
@@ -334,3 +336,26 @@ def test_a_long_sequence_on_threads_equals_the_scan(rng):
     for x, y, bound in zip((out, *pullback(dout)), (out2, *attention_functional_backward(causal_scan_backward, dout, None, residuals)),
                            (b.out, b.dq, b.dk, b.dv, None), strict=False):
         budgets.assert_within(x, y, 2 * bound)
+
+
+@pytest.mark.parametrize("f, options", [(recurrence, {}), (causal_linear_attention, {}), (linear_attention, {"causal": True})])
+def test_extra_memory_does_not_grow_with_the_sequence(f, options, rng):
+    """Beyond inputs and outputs, forward and backward: eight times the positions, not one buffer more."""
+    def peak(work):
+        work()
+        tracemalloc.start()
+        try:
+            result = work()
+            after, most = tracemalloc.get_traced_memory()
+            del result
+            return most - after
+        finally:
+            tracemalloc.stop()
+
+    peaks = []
+    for N in (2**12, 2**15):
+        q, k, v, dout = (rng.standard_normal((2, N, 16)).astype(np.float32) for _ in range(4))
+        pull = vjp(f, q, k, v, **options)[1]
+        peaks.append((peak(lambda q=q, k=k, v=v: f(q, k, v, **options)), peak(lambda pull=pull, dout=dout: pull(dout))))
+    for short, long in zip(*peaks, strict=True):
+        assert long <= short + 2**16 < 2**22, peaks               # 64 KiB: threads finish a little sooner or later; one array of N is 256

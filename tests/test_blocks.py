@@ -18,9 +18,9 @@ def blas_threads():
 def test_blocks_cover_every_position_once_in_either_direction():
     for n in range(8):
         for size in (1, 2, 3, 9):
-            forward = blocks(n, size)
+            forward = list(blocks(n, size))
             assert [i for s in forward for i in range(n)[s]] == list(range(n))
-            assert blocks(n, size, reverse=True) == forward[::-1]
+            assert list(blocks(n, size, reverse=True)) == forward[::-1]
 
 
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3), (2, 1), (0, 3), (3, 0)])

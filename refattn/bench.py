@@ -1,0 +1,334 @@
+"""`python -m refattn bench`: how fast, how much memory, against what; every result is checked before it is timed.
+
+Times are medians of rounds in which all contestants take turns, in one process, with the same cores. What counts is the ratio: a machine's
+speed drifts. The limit of a form with f flops is f divided by the rate of a large float32 matrix product in the same run.
+
+Peers are measured where they are installed: PyTorch (`scaled_dot_product_attention`) and the paper authors' `pytorch-fast-transformers`
+(their C++ kernel `causal_dot_product`, and their module `CausalLinearAttention` with φ and normaliser).
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+import tracemalloc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from . import causal_linear_attention, causal_linear_attention_step, recurrence, vjp
+from ._blocks import _cores
+from .causal import causal_chunked_backward, causal_chunked_forward
+from .testing.budgets import gamma, worst_ratio
+
+Contest = dict[str, Callable[[], Any]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the tables; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m refattn bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--heads", type=int, default=8, help="batch × heads (default 8)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536], help="sequence lengths N")
+    parser.add_argument("--features", type=int, nargs="+", default=[64, 128], help="D = M")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for each contestant in each row (default 1)")
+    parser.add_argument("--chunks", action="store_true", help="only compare chunk sizes of the chunked form")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--json", metavar="FILE", help="write all figures there too")
+    args = parser.parse_args(argv)
+    if args.smoke:
+        args.lengths, args.features, args.seconds, args.heads = [64, 128], [8], 0.01, 2
+    peers = _peers()
+    print(f"{_processor()}, {_cores()} cores, Python {platform.python_version()}, NumPy {np.__version__}; "
+          f"peers: {', '.join(peers) or 'none installed'}; float32, B·H = {args.heads}; {time.strftime('%Y-%m-%d')}")
+    figures: dict[str, Any] = {"chunks": _chunk_table(args)} if args.chunks else {
+        "products": _product_table(args, peers), "attention": _attention_table(args, peers), "growth": _growth_table(args),
+        "memory": _memory_table(args), "decoding": _decoding_table(args, peers)}
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(figures, file, indent=1)
+    return 0
+
+
+# --- tables ------------------------------------------------------------------------------------------------------------------------------
+
+def _product_table(args: argparse.Namespace, peers: dict[str, Any]) -> list[dict[str, Any]]:
+    """The bare product: rule `linear`, no φ, no normaliser."""
+    rows = []
+    for D in args.features:
+        _title(f"bare causal product, D = M = {D}",
+               "N", "GEMM GF/s", "forward ms", "of limit", "theirs ms", "faster", "fwd+bwd ms", "theirs ms", "faster")
+        for N in args.lengths:
+            q, k, v, dout = _draw(args.heads, N, D, 4)
+            square = np.ones((2048, 2048), np.float32) if not args.smoke else np.ones((64, 64), np.float32)
+            product = np.empty_like(square)
+
+            def both(q: Any = q, k: Any = k, v: Any = v, dout: Any = dout) -> Any:
+                out, _, residuals = causal_chunked_forward(q, k, v)
+                return out, *causal_chunked_backward(dout, None, residuals)[:3]
+
+            contest: Contest = {"gemm": lambda a=square, o=product: np.matmul(a, a, out=o),                         # type: ignore[misc]
+                                "forward": lambda q=q, k=k, v=v: causal_chunked_forward(q, k, v), "both": both}    # type: ignore[misc]
+            if "fast_transformers" in peers:
+                theirs, theirs_both = _their_product(peers, q, k, v, dout)
+                _check("causal_dot_product", both(), theirs_both(), N + D)
+                contest |= {"theirs": theirs, "theirs both": theirs_both}
+            t = _medians(contest, args.seconds)
+            rate = 2 * square.shape[0] ** 3 / t["gemm"]
+            row = {"D": D, "N": N, "gemm": rate, "limit": 4 * args.heads * N * D * D / rate / t["forward"], **t}
+            rows.append(row)
+            _row(N, rate / 1e9, t["forward"] * 1e3, f"{row['limit']:.0%}", _ms(t.get("theirs")), _times(t.get("theirs"), t["forward"]),
+                 t["both"] * 1e3, _ms(t.get("theirs both")), _times(t.get("theirs both"), t["both"]))
+    return rows
+
+
+def _attention_table(args: argparse.Namespace, peers: dict[str, Any]) -> list[dict[str, Any]]:
+    """φ = elu + 1, product and normaliser."""
+    rows = []
+    for D in args.features:
+        _title(f"causal linear attention with φ and normaliser, D = M = {D}",
+               "N", "forward ms", "theirs ms", "faster", "fwd+bwd ms", "theirs ms", "faster", "SDPA fwd ms", "faster")
+        for N in args.lengths:
+            q, k, v, dout = _draw(args.heads, N, D, 4)
+
+            def both(q: Any = q, k: Any = k, v: Any = v, dout: Any = dout) -> Any:
+                (out, _), pullback = vjp(causal_linear_attention, q, k, v)
+                return out, *pullback(dout)
+
+            contest: Contest = {"forward": lambda q=q, k=k, v=v: causal_linear_attention(q, k, v), "both": both}    # type: ignore[misc]
+            if "fast_transformers" in peers:
+                theirs, theirs_both = _their_attention(peers, q, k, v, dout)
+                _check("CausalLinearAttention", both(), theirs_both(), 4 * (N + D))
+                contest |= {"theirs": theirs, "theirs both": theirs_both}
+            if "torch" in peers and N <= 16384:
+                contest["sdpa"] = _sdpa(peers, q, k, v)
+            t = _medians(contest, args.seconds)
+            rows.append({"D": D, "N": N, **t})
+            _row(N, t["forward"] * 1e3, _ms(t.get("theirs")), _times(t.get("theirs"), t["forward"]), t["both"] * 1e3,
+                 _ms(t.get("theirs both")), _times(t.get("theirs both"), t["both"]), _ms(t.get("sdpa")), _times(t.get("sdpa"), t["forward"]))
+    return rows
+
+
+def _growth_table(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """time(2N) / time(N): 2 is linear."""
+    D = args.features[0]
+    _title(f"growth with N, D = M = {D}", "N", "bare 2N / N", "attention 2N / N", "fwd+bwd 2N / N")
+    rows = []
+    for N in args.lengths[:-1]:
+        sizes = {n: _draw(args.heads, n, D, 4) for n in (N, 2 * N)}
+        contest: Contest = {}
+        for n, (q, k, v, dout) in sizes.items():
+            contest[f"bare {n}"] = lambda q=q, k=k, v=v: recurrence(q, k, v)                                        # type: ignore[misc]
+            contest[f"attention {n}"] = lambda q=q, k=k, v=v: causal_linear_attention(q, k, v)                      # type: ignore[misc]
+            contest[f"both {n}"] = lambda q=q, k=k, v=v, d=dout: vjp(causal_linear_attention, q, k, v)[1](d)        # type: ignore[misc]
+        t = _medians(contest, args.seconds)
+        ratios = {name: t[f"{name} {2 * N}"] / t[f"{name} {N}"] for name in ("bare", "attention", "both")}
+        rows.append({"N": N, **ratios})
+        _row(N, *(f"{r:.2f}" for r in ratios.values()))
+    return rows
+
+
+def _memory_table(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Peak of what is allocated beyond inputs and outputs, as Python's allocator tracing sees it."""
+    D = args.features[0]
+    _title(f"peak memory beyond inputs and outputs, KiB, one head, D = M = {D}", "N", "bare forward", "bare backward", "attention forward",
+           "attention backward")
+    rows = []
+    for power in (14, 16, 18, 20) if not args.smoke else (7, 8):
+        N = 2**power
+        q, k, v, dout = _draw(1, N, D, 4)
+        figures = {"N": N}
+        for name, f in (("bare", recurrence), ("attention", causal_linear_attention)):
+            (out, state), pullback = vjp(f, q, k, v)
+            figures[f"{name} forward"] = _peak(lambda f=f: f(q, k, v))                                              # type: ignore[misc]
+            figures[f"{name} backward"] = _peak(lambda p=pullback: p(dout))                                         # type: ignore[misc]
+            del out, state, pullback
+        rows.append(figures)
+        _row(N, *(f"{b / 1024:.0f}" for b in list(figures.values())[1:]))
+    return rows
+
+
+def _decoding_table(args: argparse.Namespace, peers: dict[str, Any]) -> list[dict[str, Any]]:
+    """One normalised step with φ, 8 heads."""
+    D = args.features[0]
+    _title(f"one decoding step, H = 8, D = M = {D}", "B", "step µs", "theirs µs", "faster", "state read + written µs", "of that")
+    rows = []
+    for B in (1, 64):
+        q, k, v = (np.random.default_rng(0).standard_normal((B, 8, D)).astype(np.float32) for _ in range(3))
+        _, state = causal_linear_attention_step(q, k, v)
+        to = np.empty_like(state.S)
+        contest: Contest = {"step": lambda q=q, k=k, v=v, s=state: causal_linear_attention_step(q, k, v, s),        # type: ignore[misc]
+                            "copy": lambda a=state.S, b=to: np.copyto(b, a)}                                        # type: ignore[misc]
+        if "fast_transformers" in peers:
+            contest["theirs"] = _their_step(peers, q, k, v)
+        t = _medians(contest, args.seconds)
+        rows.append({"B": B, **t})
+        _row(B, t["step"] * 1e6, f"{t['theirs'] * 1e6:.0f}" if "theirs" in t else "–", _times(t.get("theirs"), t["step"]), t["copy"] * 1e6,
+             f"{t['step'] / t['copy']:.2f}×")
+    return rows
+
+
+def _chunk_table(args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for D in args.features:
+        _title(f"chunk sizes, bare product, D = M = {D}, ms", "N", "form", *(str(c) for c in (16, 32, 64, 128)))
+        for N in args.lengths:
+            q, k, v, dout = _draw(args.heads, N, D, 4)
+            contest: Contest = {}
+            for chunk in (16, 32, 64, 128):
+                residuals = causal_chunked_forward(q, k, v, chunk=chunk)[2]
+                contest[f"forward {chunk}"] = lambda q=q, k=k, v=v, c=chunk: causal_chunked_forward(q, k, v, chunk=c)   # type: ignore[misc]
+                contest[f"backward {chunk}"] = lambda d=dout, r=residuals: causal_chunked_backward(d, None, r)          # type: ignore[misc]
+            t = _medians(contest, args.seconds)
+            for form in ("forward", "backward"):
+                rows.append({"D": D, "N": N, "form": form, **{str(c): t[f"{form} {c}"] for c in (16, 32, 64, 128)}})
+                _row(N, form, *(t[f"{form} {c}"] * 1e3 for c in (16, 32, 64, 128)))
+    return rows
+
+
+# --- peers -------------------------------------------------------------------------------------------------------------------------------
+
+def _peers() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    try:
+        import torch
+        torch.set_num_threads(_cores())
+        found["torch"] = torch
+        import fast_transformers.attention.causal_linear_attention
+        import fast_transformers.causal_product
+        import fast_transformers.recurrent.attention.self_attention.linear_attention  # noqa: F401
+        found["fast_transformers"] = fast_transformers
+    except ImportError:
+        pass                                       # a peer that is not installed is not measured; the heading lists those that are
+    return found
+
+
+def _their_product(peers: dict[str, Any], *arrays: np.ndarray) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    torch, product = peers["torch"], peers["fast_transformers"].causal_product.causal_dot_product
+    q, k, v, dout = (torch.from_numpy(x) for x in arrays)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return product(q, k, v)
+
+    def both() -> Any:
+        out = product(*leaves)
+        return out.detach().numpy(), *(g.numpy() for g in torch.autograd.grad(out, leaves, dout))
+
+    return forward, both
+
+
+def _their_attention(peers: dict[str, Any], *arrays: np.ndarray) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    torch, ft = peers["torch"], peers["fast_transformers"]
+    from fast_transformers.masking import LengthMask, TriangularCausalMask
+    q, k, v, dout = (torch.from_numpy(x).transpose(1, 2).contiguous() for x in arrays)         # their layout is (B, N, H, D)
+    module = ft.attention.causal_linear_attention.CausalLinearAttention(q.shape[-1])
+    masks = TriangularCausalMask(q.shape[1]), LengthMask(torch.full((q.shape[0],), q.shape[1]))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return module(q, k, v, masks[0], masks[1], masks[1])
+
+    def both() -> Any:
+        out = module(*leaves, masks[0], masks[1], masks[1])
+        grads = torch.autograd.grad(out, leaves, dout)
+        return tuple(x.detach().transpose(1, 2).numpy() for x in (out, *grads))
+
+    return forward, both
+
+
+def _their_step(peers: dict[str, Any], q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Callable[[], Any]:
+    torch, ft = peers["torch"], peers["fast_transformers"]
+    module = ft.recurrent.attention.self_attention.linear_attention.RecurrentLinearAttention(q.shape[-1])
+    Q, K, V = (torch.from_numpy(x) for x in (q, k, v))
+    with torch.no_grad():
+        _, state = module(Q, K, V)
+
+    def step() -> Any:
+        with torch.no_grad():
+            return module(Q, K, V, state)
+
+    return step
+
+
+def _sdpa(peers: dict[str, Any], *arrays: np.ndarray) -> Callable[[], Any]:
+    torch = peers["torch"]
+    q, k, v = (torch.from_numpy(x) for x in arrays)
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return forward
+
+
+# --- small things ----------------------------------------------------------------------------------------------------------------------
+
+def _draw(heads: int, N: int, D: int, count: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal((1, heads, N, D), np.float32) for _ in range(count)]
+
+
+def _check(name: str, ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], n: int) -> None:
+    """A peer that computes something else would make its time worthless. Both round: γ of n on the largest magnitude at hand."""
+    for x, y in zip(ours, theirs, strict=True):
+        bound = 2 * gamma(n, np.float32) * float(np.abs(x).max())
+        if (ratio := worst_ratio(x, y, bound)) > 1:
+            raise SystemExit(f"{name} gives another answer than refattn: {ratio:.2g} times the bound; nothing is timed")
+
+
+def _medians(contest: Contest, seconds: float) -> dict[str, float]:
+    """Median time of each, all taking turns, for about `seconds` each but at least 3 rounds."""
+    times: dict[str, list[float]] = {name: [] for name in contest}
+    for f in contest.values():
+        f()
+    while any(len(t) < 3 or sum(t) < seconds and len(t) < 1000 for t in times.values()):
+        for name, f in contest.items():
+            if len(times[name]) < 3 or sum(times[name]) < seconds:
+                start = time.perf_counter()
+                f()
+                times[name].append(time.perf_counter() - start)
+    return {name: float(np.median(t)) for name, t in times.items()}
+
+
+def _peak(f: Callable[[], Any]) -> int:
+    """Bytes allocated at the peak of f() beyond what it returns."""
+    f()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        result = f()
+        after, peak = tracemalloc.get_traced_memory()
+        del result
+        return max(peak - after, 0) if after >= before else peak - before
+    finally:
+        tracemalloc.stop()
+
+
+def _title(text: str, *columns: str) -> None:
+    print(f"\n{text}\n" + "".join(f"{c:>{max(len(c), 10) + 2}}" for c in columns))
+    _row.widths = [max(len(c), 10) + 2 for c in columns]                                                             # type: ignore[attr-defined]
+
+
+def _row(*cells: Any) -> None:
+    texts = [c if isinstance(c, str) else f"{c:.1f}" if isinstance(c, float) else str(c) for c in cells]
+    print("".join(f"{t:>{w}}" for t, w in zip(texts, _row.widths, strict=True)), flush=True)                         # type: ignore[attr-defined]
+
+
+def _ms(t: float | None) -> str:
+    return "–" if t is None else f"{t * 1e3:.1f}"
+
+
+def _times(theirs: float | None, ours: float) -> str:
+    return "–" if theirs is None else f"{theirs / ours:.2f}×"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
