@@ -274,3 +274,10 @@ def test_names_in_documents_exist(path):
         except (ImportError, AttributeError):
             absent.append(name)
     assert not absent, f"{path.name} speaks of {sorted(absent)}"
+
+
+def test_laws_in_documents_exist():
+    defined = {name for path in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text("utf-8"), re.MULTILINE)}
+    named = {name for path in documents() for name in re.findall(r"`(test_\w+)`", path.read_text("utf-8"))}
+    assert named, "the README names no law"
+    assert named <= defined, f"documents name laws that do not exist: {sorted(named - defined)}"
