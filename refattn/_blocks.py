@@ -31,9 +31,7 @@ def blocks(n: int, size: int, reverse: bool = False) -> Iterator[slice]:
 
 def stacks(lead: tuple[int, ...], *arrays: np.ndarray | None, most: int = HEADS_PER_STACK) -> Iterator[Stack]:
     """Cut arrays `(*lead, …)` into views `(h, …)` of at most `most` heads; None stays None. Nothing is copied."""
-    merged = _merge_leading(lead, arrays)
-    if merged is not None:
-        lead, arrays = (merged[0],), merged[1]
+    lead, arrays = _merge_leading(lead, arrays)
     if not lead:
         yield [None if x is None else x[None] for x in arrays]
         return
@@ -42,15 +40,15 @@ def stacks(lead: tuple[int, ...], *arrays: np.ndarray | None, most: int = HEADS_
             yield [None if x is None else x[index][heads] for x in arrays]
 
 
-def _merge_leading(lead: tuple[int, ...], arrays: Sequence[np.ndarray | None]) -> tuple[int, list[np.ndarray | None]] | None:
-    """All leading axes as one where strides allow it, so that (B, 1, N, D) makes full stacks too."""
+def _merge_leading(lead: tuple[int, ...], arrays: tuple[np.ndarray | None, ...]) -> tuple[tuple[int, ...], tuple[np.ndarray | None, ...]]:
+    """All leading axes as one where strides allow it without a copy, so that (B, 1, N, D) makes full stacks too."""
     if len(lead) < 2:
-        return None
+        return lead, arrays
     count = int(np.prod(lead))
     try:
-        return count, [None if x is None else x.reshape(count, *x.shape[len(lead):], copy=False) for x in arrays]
+        return (count,), tuple(None if x is None else x.reshape(count, *x.shape[len(lead):], copy=False) for x in arrays)
     except ValueError:
-        return None
+        return lead, arrays
 
 
 def split_groups(x: np.ndarray, heads: int, headed: bool) -> np.ndarray:

@@ -21,15 +21,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._array import (Array, Axes, accumulator, check_cotangent, check_dtypes, check_lengths, check_number, check_qkv, check_shape, dtype_name,
-                     namespace)
+from ._array import (Array, Axes, accumulator, check_cotangent, check_dtypes, check_lengths, check_number, check_qkv, check_shape,
+                     dtype_name, namespace)
 from ._blocks import Reader, reader, real_rows, split_groups
 from .causal import (CHUNK, Store, causal_scan_backward, causal_scan_forward, causal_step, causal_step_backward, each_stack,
                      running_product, sizes, writer)
 from .features import FeatureMap, feature_map as find_feature_map, feature_size
 from .linear import full_product, linear_backward, linear_forward
 
-Spec = "str | tuple[Callable[[Array], Array], Callable[[Array, Array], Array]]"
 Pullback = Callable[..., tuple[Any, ...]]
 
 
@@ -404,7 +403,7 @@ def attention_functional_backward(form: Callable[..., Any], dout: Array, dend: A
     xp = namespace(Q=Q)
     dnum = _keep(_cast(dout, Q.dtype, xp), real_q, xp) * inverse                                       # out = num · inverse
     dden = -xp.sum(dnum * out, axis=-1, keepdims=True)
-    dfq, dfk, dV, dstart = form(xp.concat([dnum, dden], axis=-1), dend, inner)                         # [num | den] = f(φ(q), φ(k), [v | 1])
+    dfq, dfk, dV, dstart = form(xp.concat([dnum, dden], axis=-1), dend, inner)                        # [num | den] = f(φ(q), φ(k), [v | 1])
     dq, dk = _keep(phi.backward(dfq, Q), real_q, xp), _keep(phi.backward(dfk, K), real_k, xp)
     return _cast(dq, dtype, xp), _cast(dk, dtype, xp), _cast(_keep(dV[..., :-1], real_k, xp), dtype, xp), dstart
 

@@ -14,6 +14,7 @@ import platform
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from .causal import causal_chunked_backward, causal_chunked_forward
 from .testing.budgets import gamma, worst_ratio
 
 Contest = dict[str, Callable[[], Any]]
+WIDTH = 14    # of a table's column
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,8 +70,8 @@ def _product_table(args: argparse.Namespace, peers: dict[str, Any]) -> list[dict
                 out, _, residuals = causal_chunked_forward(q, k, v)
                 return out, *causal_chunked_backward(dout, None, residuals)[:3]
 
-            contest: Contest = {"gemm": lambda a=square, o=product: np.matmul(a, a, out=o),                         # type: ignore[misc]
-                                "forward": lambda q=q, k=k, v=v: causal_chunked_forward(q, k, v), "both": both}    # type: ignore[misc]
+            contest: Contest = {"gemm": partial(np.matmul, square, square, out=product),
+                                "forward": partial(causal_chunked_forward, q, k, v), "both": both}
             if "fast_transformers" in peers:
                 theirs, theirs_both = _their_product(peers, q, k, v, dout)
                 _check("causal_dot_product", both(), theirs_both(), N + D)
@@ -91,12 +93,8 @@ def _attention_table(args: argparse.Namespace, peers: dict[str, Any]) -> list[di
                "N", "forward ms", "theirs ms", "faster", "fwd+bwd ms", "theirs ms", "faster", "SDPA fwd ms", "faster")
         for N in args.lengths:
             q, k, v, dout = _draw(args.heads, N, D, 4)
-
-            def both(q: Any = q, k: Any = k, v: Any = v, dout: Any = dout) -> Any:
-                (out, _), pullback = vjp(causal_linear_attention, q, k, v)
-                return out, *pullback(dout)
-
-            contest: Contest = {"forward": lambda q=q, k=k, v=v: causal_linear_attention(q, k, v), "both": both}    # type: ignore[misc]
+            both = partial(_forward_and_backward, q, k, v, dout)
+            contest: Contest = {"forward": partial(causal_linear_attention, q, k, v), "both": both}
             if "fast_transformers" in peers:
                 theirs, theirs_both = _their_attention(peers, q, k, v, dout)
                 _check("CausalLinearAttention", both(), theirs_both(), 4 * (N + D))
@@ -105,23 +103,24 @@ def _attention_table(args: argparse.Namespace, peers: dict[str, Any]) -> list[di
                 contest["sdpa"] = _sdpa(peers, q, k, v)
             t = _medians(contest, args.seconds)
             rows.append({"D": D, "N": N, **t})
-            _row(N, t["forward"] * 1e3, _ms(t.get("theirs")), _times(t.get("theirs"), t["forward"]), t["both"] * 1e3,
-                 _ms(t.get("theirs both")), _times(t.get("theirs both"), t["both"]), _ms(t.get("sdpa")), _times(t.get("sdpa"), t["forward"]))
+            _row(N, t["forward"] * 1e3, _ms(t.get("theirs")), _times(t.get("theirs"), t["forward"]),
+                 t["both"] * 1e3, _ms(t.get("theirs both")), _times(t.get("theirs both"), t["both"]),
+                 _ms(t.get("sdpa")), _times(t.get("sdpa"), t["forward"]))
     return rows
 
 
 def _growth_table(args: argparse.Namespace) -> list[dict[str, Any]]:
     """time(2N) / time(N): 2 is linear."""
     D = args.features[0]
-    _title(f"growth with N, D = M = {D}", "N", "bare 2N / N", "attention 2N / N", "fwd+bwd 2N / N")
+    _title(f"growth: time(2N) / time(N), D = M = {D}", "N", "bare", "attention", "fwd+bwd")
     rows = []
     for N in args.lengths[:-1]:
         sizes = {n: _draw(args.heads, n, D, 4) for n in (N, 2 * N)}
         contest: Contest = {}
         for n, (q, k, v, dout) in sizes.items():
-            contest[f"bare {n}"] = lambda q=q, k=k, v=v: recurrence(q, k, v)                                        # type: ignore[misc]
-            contest[f"attention {n}"] = lambda q=q, k=k, v=v: causal_linear_attention(q, k, v)                      # type: ignore[misc]
-            contest[f"both {n}"] = lambda q=q, k=k, v=v, d=dout: vjp(causal_linear_attention, q, k, v)[1](d)        # type: ignore[misc]
+            contest[f"bare {n}"] = partial(recurrence, q, k, v)
+            contest[f"attention {n}"] = partial(causal_linear_attention, q, k, v)
+            contest[f"both {n}"] = partial(_forward_and_backward, q, k, v, dout)
         t = _medians(contest, args.seconds)
         ratios = {name: t[f"{name} {2 * N}"] / t[f"{name} {N}"] for name in ("bare", "attention", "both")}
         rows.append({"N": N, **ratios})
@@ -132,8 +131,8 @@ def _growth_table(args: argparse.Namespace) -> list[dict[str, Any]]:
 def _memory_table(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Peak of what is allocated beyond inputs and outputs, as Python's allocator tracing sees it."""
     D = args.features[0]
-    _title(f"peak memory beyond inputs and outputs, KiB, one head, D = M = {D}", "N", "bare forward", "bare backward", "attention forward",
-           "attention backward")
+    _title(f"peak memory beyond inputs and outputs, KiB, one head, D = M = {D}",
+           "N", "bare fwd", "bare bwd", "attention fwd", "attention bwd")
     rows = []
     for power in (14, 16, 18, 20) if not args.smoke else (7, 8):
         N = 2**power
@@ -141,8 +140,8 @@ def _memory_table(args: argparse.Namespace) -> list[dict[str, Any]]:
         figures = {"N": N}
         for name, f in (("bare", recurrence), ("attention", causal_linear_attention)):
             (out, state), pullback = vjp(f, q, k, v)
-            figures[f"{name} forward"] = _peak(lambda f=f: f(q, k, v))                                              # type: ignore[misc]
-            figures[f"{name} backward"] = _peak(lambda p=pullback: p(dout))                                         # type: ignore[misc]
+            figures[f"{name} forward"] = _peak(partial(f, q, k, v))
+            figures[f"{name} backward"] = _peak(partial(pullback, dout))
             del out, state, pullback
         rows.append(figures)
         _row(N, *(f"{b / 1024:.0f}" for b in list(figures.values())[1:]))
@@ -152,14 +151,13 @@ def _memory_table(args: argparse.Namespace) -> list[dict[str, Any]]:
 def _decoding_table(args: argparse.Namespace, peers: dict[str, Any]) -> list[dict[str, Any]]:
     """One normalised step with φ, 8 heads."""
     D = args.features[0]
-    _title(f"one decoding step, H = 8, D = M = {D}", "B", "step µs", "theirs µs", "faster", "state read + written µs", "of that")
+    _title(f"one decoding step, H = 8, D = M = {D}", "B", "step µs", "theirs µs", "faster", "copy state µs", "of that")
     rows = []
     for B in (1, 64):
         q, k, v = (np.random.default_rng(0).standard_normal((B, 8, D)).astype(np.float32) for _ in range(3))
         _, state = causal_linear_attention_step(q, k, v)
         to = np.empty_like(state.S)
-        contest: Contest = {"step": lambda q=q, k=k, v=v, s=state: causal_linear_attention_step(q, k, v, s),        # type: ignore[misc]
-                            "copy": lambda a=state.S, b=to: np.copyto(b, a)}                                        # type: ignore[misc]
+        contest: Contest = {"step": partial(causal_linear_attention_step, q, k, v, state), "copy": partial(np.copyto, to, state.S)}
         if "fast_transformers" in peers:
             contest["theirs"] = _their_step(peers, q, k, v)
         t = _medians(contest, args.seconds)
@@ -178,8 +176,8 @@ def _chunk_table(args: argparse.Namespace) -> list[dict[str, Any]]:
             contest: Contest = {}
             for chunk in (16, 32, 64, 128):
                 residuals = causal_chunked_forward(q, k, v, chunk=chunk)[2]
-                contest[f"forward {chunk}"] = lambda q=q, k=k, v=v, c=chunk: causal_chunked_forward(q, k, v, chunk=c)   # type: ignore[misc]
-                contest[f"backward {chunk}"] = lambda d=dout, r=residuals: causal_chunked_backward(d, None, r)          # type: ignore[misc]
+                contest[f"forward {chunk}"] = partial(causal_chunked_forward, q, k, v, chunk=chunk)
+                contest[f"backward {chunk}"] = partial(causal_chunked_backward, dout, None, residuals)
             t = _medians(contest, args.seconds)
             for form in ("forward", "backward"):
                 rows.append({"D": D, "N": N, "form": form, **{str(c): t[f"{form} {c}"] for c in (16, 32, 64, 128)}})
@@ -267,6 +265,11 @@ def _sdpa(peers: dict[str, Any], *arrays: np.ndarray) -> Callable[[], Any]:
 
 # --- small things ----------------------------------------------------------------------------------------------------------------------
 
+def _forward_and_backward(q: np.ndarray, k: np.ndarray, v: np.ndarray, dout: np.ndarray) -> tuple[np.ndarray, ...]:
+    (out, _), pullback = vjp(causal_linear_attention, q, k, v)
+    return out, *pullback(dout)
+
+
 def _draw(heads: int, N: int, D: int, count: int) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     return [rng.standard_normal((1, heads, N, D), np.float32) for _ in range(count)]
@@ -309,13 +312,13 @@ def _peak(f: Callable[[], Any]) -> int:
 
 
 def _title(text: str, *columns: str) -> None:
-    print(f"\n{text}\n" + "".join(f"{c:>{max(len(c), 10) + 2}}" for c in columns))
-    _row.widths = [max(len(c), 10) + 2 for c in columns]                                                             # type: ignore[attr-defined]
+    print(f"\n{text}")
+    _row(*columns)
 
 
 def _row(*cells: Any) -> None:
     texts = [c if isinstance(c, str) else f"{c:.1f}" if isinstance(c, float) else str(c) for c in cells]
-    print("".join(f"{t:>{w}}" for t, w in zip(texts, _row.widths, strict=True)), flush=True)                         # type: ignore[attr-defined]
+    print("".join(f"{t:>{WIDTH}}" for t in texts), flush=True)
 
 
 def _ms(t: float | None) -> str:

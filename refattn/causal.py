@@ -177,14 +177,14 @@ def causal_chunked_backward(dout: np.ndarray, dstate: np.ndarray | None,
 
 def running_product(read_q: Reader, read_k: Reader, read_v: Reader, store: Store, S: np.ndarray, size: tuple[int, int, int, int, int],
                     chunk: int, reverse: bool = False) -> None:
-    """o_i = Sᵀ q_i + Σ_{j≤i} (q_i·k_j) v_j for a stack of heads, and S ← S + Σ_j k_j v_jᵀ in place. The one loop of this library's CPU path.
+    """o_i = Sᵀ q_i + Σ_{j≤i} (q_i·k_j) v_j for a stack of heads, and S ← S + Σ_j k_j v_jᵀ in place. The CPU path's one loop.
 
     Inside a chunk the sum is a masked product A V with A = tril(Q Kᵀ); all that came before it is one matrix S. Both are one product,
     [A | Q] [V; S]: Q and A stand side by side in one buffer, V and S one above the other in another. A few chunks are worked on at a time,
     as many as the second-level cache holds: each NumPy call is then long enough that two threads seldom meet at the interpreter's lock.
 
-    `size` = (heads, Gq, Gk, N, N): Gq queries and Gk keys stand at each position. `reverse` walks from the last position to the first and sums
-    over j ≥ i. The readers fill buffers (heads, G, chunks, rows, width), so that φ, a column of ones or a cast need no array of N rows.
+    `size` = (heads, Gq, Gk, N, N): Gq queries and Gk keys stand at each position. `reverse` walks from the last position to the first
+    and sums over j ≥ i. The readers fill buffers (heads, G, chunks, rows, width): φ, a column of ones or a cast need no array of N rows.
     """
     heads, gq, gk, n, _ = size
     D, M = S.shape[-2:]
@@ -372,8 +372,9 @@ def _group_step(x_t: Array, k_t: Array, xp: Any) -> Array:
 
 # --- what the functional forms share ------------------------------------------------------------------------------------------------
 
-def _functional(q: Array, k: Array, v: Array, state: Array | None) -> tuple[Any, tuple[Array, Array, Array], Array, Callable[[Array], Array]]:
-    """Namespace; q, k, v as (..., H, G, N, D) in the accumulator dtype; S as (..., H, 1, D, M); and the way back to out's shape and dtype."""
+def _functional(q: Array, k: Array, v: Array,
+                state: Array | None) -> tuple[Any, tuple[Array, Array, Array], Array, Callable[[Array], Array]]:
+    """Namespace; q, k, v as (..., H, G, N, D) in the accumulator dtype; S as (..., H, 1, D, M); the way back to out's shape and dtype."""
     xp = namespace(q=q, k=k, v=v)
     K, V = _widen(k, xp)[..., None, :, :], _widen(v, xp)[..., None, :, :]
     Q = _grouped(q, K, xp)

@@ -10,8 +10,6 @@ No feature map and no normaliser: `attention` puts them around it. N queries and
 """
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from ._array import Array

@@ -13,7 +13,7 @@ from refattn import State, causal_linear_attention, causal_linear_attention_step
 from refattn.attention import attention_backward, attention_forward, attention_functional_backward, attention_functional_forward
 from refattn.causal import causal_masked_backward, causal_masked_forward, causal_scan_backward, causal_scan_forward, running_product
 from refattn.features import feature_map
-from refattn.linear import linear_backward, linear_forward
+from refattn.linear import full_product, linear_backward, linear_forward
 from refattn.testing import budgets, laws
 from refattn.testing.strategies import cases, strided
 
@@ -205,7 +205,6 @@ def test_fast_masked_and_scan_agree(causal, data):
     b = budgets.attention_budget(c.q, c.k, c.v, start[..., :-1], start[..., -1], c.dout, dend[..., :-1], dend[..., -1], phi=oracle.eq7,
                                  dphi=elu1_slope, causal=causal, query_lengths=nq, key_lengths=nk)
     bounds = (b.out, np.concatenate([b.S, b.z[..., None]], -1), b.dq, b.dk, b.dv, np.concatenate([b.dS, b.dz[..., None]], -1))
-    from refattn.linear import full_product
     product = running_product if causal else full_product
     chunk = data.draw(st.sampled_from([1, 3, 16, 32]))
     out, end = attention_forward(product, c.q, c.k, c.v, start, phi, 1e-6, nq, nk, chunk)
@@ -354,8 +353,8 @@ def test_extra_memory_does_not_grow_with_the_sequence(f, options, rng):
 
     peaks = []
     for N in (2**12, 2**15):
-        q, k, v, dout = (rng.standard_normal((2, N, 16)).astype(np.float32) for _ in range(4))
+        q, k, v, dout = (rng.standard_normal((1, N, 16)).astype(np.float32) for _ in range(4))
         pull = vjp(f, q, k, v, **options)[1]
         peaks.append((peak(lambda q=q, k=k, v=v: f(q, k, v, **options)), peak(lambda pull=pull, dout=dout: pull(dout))))
     for short, long in zip(*peaks, strict=True):
-        assert long <= short + 2**16 < 2**22, peaks               # 64 KiB: threads finish a little sooner or later; one array of N is 256
+        assert long <= short + 2**16 < 2**22, peaks               # 64 KiB for Python's own objects; one number per row is 128

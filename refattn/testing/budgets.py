@@ -70,8 +70,8 @@ def assert_within(actual: Any, expected: Any, bound: Any, what: str = "out") -> 
         error = np.abs(wide - expected)
         error = np.where(np.isnan(error), np.inf, np.where(wide == expected, 0.0, error))
         at = tuple(int(i) for i in np.unravel_index(np.argmax(np.where(error == 0, 0.0, error / np.maximum(bound, 1e-300))), error.shape))
-    raise AssertionError(f"{what}{list(at)}: got {float(wide[at])!r}, expected {float(np.asarray(expected)[at])!r}; error {error[at]:.3e} is {ratio:.3g} times "
-                         f"the bound {bound[at]:.3e}")
+    raise AssertionError(f"{what}{list(at)}: got {float(wide[at])!r}, expected {float(np.asarray(expected)[at])!r}; "
+                         f"error {error[at]:.3e} is {ratio:.3g} times the bound {bound[at]:.3e}")
 
 
 class Budget(NamedTuple):
@@ -104,8 +104,8 @@ def recurrence_budget(q: Any, k: Any, v: Any, state: Any, dout: Any, dstate: Any
     exact = (s * (A @ V_ + Q @ S_), S + K.mT @ V, dA @ K_ + s * G @ S_.mT, _over_group(dA.mT @ Q, groups) + V @ R.mT,
              _over_group(A.mT @ (s * G), groups) + K @ R, W)
     out, end, dq, dk, dv, dS = (gamma(n, acc) * x for x in exact)
-    return Budget(out + rounding(exact[0], dtype), end + rounding(0, acc), None,
-                  *(b + rounding(x, dtype) for b, x in zip((dq, dk, dv), exact[2:5], strict=True)), dS + rounding(0, acc), None)
+    dq, dk, dv = (b + rounding(x, dtype) for b, x in zip((dq, dk, dv), exact[2:5], strict=True))
+    return Budget(out + rounding(exact[0], dtype), end + rounding(0, acc), None, dq, dk, dv, dS + rounding(0, acc), None)
 
 
 PHI_ROUNDINGS = 8    # elu+1, float32: NumPy's exp is within 2.52 units in the last place (5 u), and one addition; its derivative likewise
@@ -140,16 +140,13 @@ def attention_budget(q: Any, k: Any, v: Any, S: Any, z: Any, dout: Any, dS: Any,
     dS0, dz0 = _over_group(Q.mT @ Gn, groups) + R, _over_group(Q.mT @ Gd, groups)[..., 0] + r
     forward, backward = gamma(2 * n, acc), gamma(4 * n, acc)
     half = 0.0 if np.dtype(acc) == dtype else 2 * unit_roundoff(dtype.name)     # the backward reads out as it was returned: rounded to half
-    if half:
-        halved = _rounded_out(half, G, out, inverse, mask, Q, K, K_, ones_, z_, real_q, real_k, dphi, q, k, groups)
-    else:
-        halved = (0.0, 0.0, 0.0)
-    return Budget(forward * out + rounding(out, dtype), forward * (S + K.mT @ V) + rounding(0, acc), forward * (z + K.sum(-2)) + rounding(0, acc),
-                  backward * dq + halved[0] + rounding(dq, dtype), backward * dk + halved[1] + rounding(dk, dtype),
+    halved = _rounded_out(half, G, out, inverse, mask, Q, K_, ones_, z_, real_q, real_k, dphi, q, k, groups)
+    return Budget(forward * out + rounding(out, dtype), forward * (S + K.mT @ V) + rounding(0, acc),
+                  forward * (z + K.sum(-2)) + rounding(0, acc), backward * dq + halved[0] + rounding(dq, dtype), backward * dk + halved[1] + rounding(dk, dtype),
                   backward * dv + rounding(dv, dtype), backward * dS0 + rounding(0, acc), backward * dz0 + halved[2] + rounding(0, acc))
 
 
-def _rounded_out(u: float, G: Any, out: Any, inverse: Any, mask: Any, Q: Any, K: Any, K_: Any, ones_: Any, z_: Any, real_q: Any,
+def _rounded_out(u: float, G: Any, out: Any, inverse: Any, mask: Any, Q: Any, K_: Any, ones_: Any, z_: Any, real_q: Any,
                           real_k: Any, dphi: Any, q: Any, k: Any, groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What an error of u·|out| in the out that the backward reads adds to dq, dk and dz: it enters through -(do·out)/den alone."""
     d = u * (G * out).sum(-1, keepdims=True) * inverse

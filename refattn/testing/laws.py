@@ -39,7 +39,8 @@ def law_backward_is_the_transpose(oracle: Callable[..., Sequence[Any]], arrays: 
     left = float(sum((y * c).sum() for y, c in zip(derivative(oracle, arrays, x), cotangents, strict=True)))
     right = float(sum((g * d).sum() for g, d in zip(gradients, x, strict=True)))
     allowed = 2 * float(sum((b * np.abs(d)).sum() for b, d in zip(bounds, x, strict=True)))
-    assert abs(left - right) <= allowed, f"⟨dy, J·x⟩ = {left!r}, ⟨Jᵀ·dy, x⟩ = {right!r}: {abs(left - right):.3g} apart, {allowed:.3g} allowed"
+    assert abs(left - right) <= allowed, (f"⟨dy, J·x⟩ = {left!r}, ⟨Jᵀ·dy, x⟩ = {right!r}: {abs(left - right):.3g} apart, "
+                                          f"{allowed:.3g} allowed")
 
 
 def law_equal_bits(named: dict[str, Sequence[np.ndarray]]) -> None:
@@ -49,5 +50,5 @@ def law_equal_bits(named: dict[str, Sequence[np.ndarray]]) -> None:
         for i, (x, y) in enumerate(zip(named[first], named[other], strict=True)):
             assert x.shape == y.shape, f"{other}[{i}]: shape {y.shape}, in {first} {x.shape}"
             wrong = np.argwhere(np.asarray(x) != np.asarray(y))
-            assert not len(wrong), (f"{other}[{i}] differs from {first} in {len(wrong)} of {x.size} elements, first at {wrong[0].tolist()}: "
-                                    f"{y[tuple(wrong[0])]} and {x[tuple(wrong[0])]}")
+            assert not len(wrong), (f"{other}[{i}] differs from {first} in {len(wrong)} of {x.size} elements, first at "
+                                    f"{wrong[0].tolist()}: {y[tuple(wrong[0])]} and {x[tuple(wrong[0])]}")
