@@ -72,7 +72,8 @@ def softmax_attention(q: Array, k: Array, v: Array, *, causal: bool = False, sca
     ------
     ValueError
         ``k: expected (..., Hkv, L, D) = (2, 4, *, 16), got (2, 4, 100, 8): q and k must share D``;
-        ``k: expected (..., Hkv, N, D) = …: causal attention needs as many keys as queries …`` when causal and N ≠ L;
+        ``k: causal attention needs as many keys as queries, got L = 6 keys and N = 5 queries; to continue a sequence use softmax_prefill
+        and softmax_step``;
         ``key_lengths: expected 0 ≤ length ≤ L = 7, got values from 3 to 9``.
     TypeError
         ``q is float32 and k is float64; cast one of them, nothing is cast silently``; arrays of different libraries; integers.
@@ -274,7 +275,7 @@ def softmax_blockwise_forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, ca
     Raises
     ------
     ValueError, TypeError
-        As `softmax_attention`; ``query_block: expected an integer ≥ 1, got 0``; ``q: expected a NumPy array, got cupy.ndarray …``.
+        As `softmax_attention`; ``query_block: expected an integer ≥ 1, got 0``; ``q: expected a NumPy array, got one of cupy; use softmax_masked_forward``.
 
     Notes
     -----
