@@ -275,7 +275,8 @@ def softmax_blockwise_forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, ca
     Raises
     ------
     ValueError, TypeError
-        As `softmax_attention`; ``query_block: expected an integer ≥ 1, got 0``; ``q: expected a NumPy array, got one of cupy; use softmax_masked_forward``.
+        As `softmax_attention`; ``query_block: expected an integer ≥ 1, got 0``;
+        ``q: expected a NumPy array, got one of cupy; use softmax_masked_forward``.
 
     Notes
     -----
