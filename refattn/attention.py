@@ -250,11 +250,11 @@ def attention_backward(product: Callable[..., None], dout: np.ndarray, dend: np.
 
     def work(Q: Any, K: Any, V: Any, O: Any, dO: Any, dQ: Any, dK: Any, dV: Any, S: Any, R: Any, nq: Any, nk: Any) -> None:
         fq, fk, ones, V1 = _mapped(Q, phi, nq), _mapped(K, phi, nk), _ones(nk), _with_ones(V, nk)
-        # The denominators, a number a row, wait where dv will stand: extra memory stays constant in N
-        den = _scratch(dV, Q, acc)
+        # Two numbers a row, 1/(den + ε) and dden, wait where dv will stand: extra memory stays constant in N
+        quotients = _scratch(dV, Q, acc)
         z, Rt = S[..., -1:].copy(), R.mT.copy()
-        product(fq, fk, ones, writer(den), z, sizes(Q, K), chunk)                                     # den = f(φ(q), φ(k), 1; z_0)
-        G = _quotient_backward(dO, O, den, eps, nq)
+        product(fq, fk, ones, _quotients(quotients, dO, O, eps, nq), z, sizes(Q, K), chunk)           # den = f(φ(q), φ(k), 1; z_0)
+        G = _quotient_backward(dO, quotients, nq)
         product(G, V1, fk, _unmapped(dQ, Q, phi, nq), S.mT, sizes(Q, K), chunk)                       # dφ(q) = f(G, [v|1], φ(k))
         product(V1, G, fq, _unmapped(dK, K, phi, nk), Rt, sizes(K, Q), chunk, reverse=True)           # dφ(k) = rev f(…)
         product(fk, fq, G, _first(dV), R, sizes(K, Q), chunk, reverse=True)                           # dv, [dS_0 | dz_0]
@@ -266,25 +266,31 @@ def attention_backward(product: Callable[..., None], dout: np.ndarray, dend: np.
 
 def _mapped(x: np.ndarray, phi: FeatureMap, lengths: np.ndarray | None) -> Reader:
     """φ of a block of x; zeros behind the length (φ(0) need not be 0)."""
-    read = reader(x, lengths)
-
     def read_mapped(rows: slice, buffer: np.ndarray) -> None:
-        block = np.empty((*buffer.shape[:-1], x.shape[-1]), buffer.dtype)
-        read(rows, block)
-        np.copyto(buffer, phi.forward(block))
+        np.copyto(buffer, phi.forward(_block(x, rows, buffer, lengths)))
         _clear_padding(buffer, rows, lengths)
 
     return read_mapped
 
 
+def _block(x: np.ndarray, rows: slice, like: np.ndarray, lengths: np.ndarray | None) -> np.ndarray:
+    """Positions `rows` of x in the shape and dtype of a buffer `like` (but for the width): x itself, not to be written to, where nothing
+    is to be cast or hidden and rows lie as in a buffer, so that no order of summation depends on strides."""
+    if lengths is None and x.dtype == like.dtype and x.strides[-1] == x.itemsize:
+        block = x[..., rows, :].reshape(*like.shape[:-1], x.shape[-1])
+        block.flags.writeable = False
+        return block
+    block = np.empty((*like.shape[:-1], x.shape[-1]), like.dtype)
+    reader(x, lengths)(rows, block)
+    return block
+
+
 def _unmapped(dx: np.ndarray, x: np.ndarray, phi: FeatureMap, lengths: np.ndarray | None) -> Store:
     """Stores φ'(x)ᵀ dφ: y = φ(x) → dx = φ'(x)ᵀ dy; zeros behind the length."""
-    read, store = reader(x, lengths), writer(dx)
+    store = writer(dx)
 
     def store_unmapped(rows: slice, dy: np.ndarray) -> None:
-        block = np.empty((*dy.shape[:-1], x.shape[-1]), dy.dtype)
-        read(rows, block)
-        back = phi.backward(dy, block)
+        back = phi.backward(dy, _block(x, rows, dy, lengths))
         _clear_padding(back, rows, lengths)
         store(rows, back)
 
@@ -322,17 +328,26 @@ def _quotient(out: np.ndarray, eps: float, lengths: np.ndarray | None) -> Store:
     return store_quotient
 
 
-def _quotient_backward(dout: np.ndarray, out: np.ndarray, den: np.ndarray, eps: float, lengths: np.ndarray | None) -> Reader:
-    """G = [do / (den + ε) | -(do · out) / (den + ε)]: out = num / (den + ε); zeros behind the length."""
-    read_do, read_out = reader(dout, lengths), reader(out, lengths)
+def _quotients(quotients: np.ndarray, dout: np.ndarray, out: np.ndarray, eps: float, lengths: np.ndarray | None) -> Store:
+    """Stores [1 / (den + ε) | dden] of a block of den, dden = -(do · out) / (den + ε): out = num / (den + ε)."""
+    def store_quotients(rows: slice, den: np.ndarray) -> None:
+        inverse = _inverse(den + den.dtype.type(eps))[..., 0]
+        do_out = np.vecdot(_block(dout, rows, den, lengths), _block(out, rows, den, None))
+        to = quotients[..., rows, :].reshape(*inverse.shape, 2)
+        to[..., 0], to[..., 1] = inverse, -do_out * inverse
+
+    return store_quotients
+
+
+def _quotient_backward(dout: np.ndarray, quotients: np.ndarray, lengths: np.ndarray | None) -> Reader:
+    """G = [do / (den + ε) | dden]; zeros behind the length, where do is not looked at."""
+    read_do = reader(dout, lengths)
 
     def read(rows: slice, buffer: np.ndarray) -> None:
-        dnum, dden = buffer[..., :-1], buffer[..., -1]
-        read_do(rows, dnum)
-        dnum *= _inverse(den[..., rows, :].reshape(dden.shape) + buffer.dtype.type(eps))[..., None]
-        o = np.empty(dnum.shape, dnum.dtype)
-        read_out(rows, o)
-        np.negative(np.vecdot(dnum, o), out=dden)
+        read_do(rows, buffer[..., :-1])
+        row = quotients[..., rows, :].reshape(*buffer.shape[:-1], 2)
+        buffer[..., :-1] *= row[..., :1]
+        buffer[..., -1] = row[..., 1]
 
     return read
 
@@ -357,11 +372,11 @@ def _clear_padding(block: np.ndarray, rows: slice, lengths: np.ndarray | None) -
 
 
 def _scratch(dV: np.ndarray, Q: np.ndarray, acc: Any) -> np.ndarray:
-    """Room for one number per query, (h, G, N, 1): columns of dV (h, 1, L, M), not yet written, where they fit and lose no digits."""
+    """Room for two numbers per query, (h, G, N, 2): columns of dV (h, 1, L, M), not yet written, where they fit and lose no digits."""
     h, G, N = Q.shape[:3]
-    if dV.dtype == acc and dV.shape[2] == N and dV.shape[3] >= G:
-        return dV[:, 0, :, :G].mT[..., None]
-    return np.empty((h, G, N, 1), acc)
+    if dV.dtype == acc and dV.shape[2] == N and dV.shape[3] >= 2 * G:
+        return dV[:, 0, :, : 2 * G].reshape(h, N, G, 2).swapaxes(1, 2)
+    return np.empty((h, G, N, 2), acc)
 
 
 def _viewer(k: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
