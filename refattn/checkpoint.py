@@ -58,8 +58,8 @@ def checkpoint_save(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarra
     for name, x in arrays.items():
         if not isinstance(x, np.ndarray):
             raise TypeError(f"arrays[{name!r}]: expected a NumPy array, got {type(x).__name__}; pass np.asarray of it")
-    # safetensors reads an array's memory from its first byte on, whatever its strides and byte order
-    packed = {name: np.array(x, x.dtype.newbyteorder("="), order="C", copy=None) for name, x in arrays.items()}
+    # safetensors reads an array's memory from its first byte on, whatever its strides
+    packed = {name: np.array(x, order="C", copy=None) for name, x in arrays.items()}
     replace_file(path, safetensors.save(packed, {_RECORD: json.dumps(record, allow_nan=False), _NAMES: json.dumps(list(packed))}))
 
 
