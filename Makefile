@@ -15,7 +15,7 @@ RUN := $(VENV)/bin/python
 
 # ruff reads no setup.cfg; these few options are all of its configuration.
 # E731: a short lambda with a name is fine. E741: l and O are names of the field. B905: axes are checked before they are zipped.
-RUFF := ruff check --isolated --quiet --line-length 140 --target-version py310 \
+RUFF := ruff check --isolated --quiet --line-length 150 --target-version py310 \
         --select E,W,F,B,UP,NPY --ignore E731,E741,B905
 
 .PHONY: demo test lint bench clean

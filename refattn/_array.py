@@ -104,6 +104,16 @@ def _numpy_accumulator(dtype: np.dtype) -> np.dtype:
     return np.dtype(np.float32) if dtype.name in ("float16", "bfloat16") else dtype.newbyteorder("=")
 
 
+def cast(x: Array, dtype: Any) -> Array:
+    """x in `dtype`; x itself where it has it already. The array API has no method for it, NumPy and CuPy have no other way."""
+    return x if x.dtype == dtype else x.astype(dtype) if hasattr(x, "astype") else x.__array_namespace__().astype(x, dtype)
+
+
+def transposed(x: Array) -> Array:
+    """The last two axes exchanged; CuPy arrays have no mT."""
+    return x.mT if hasattr(x, "mT") else x.swapaxes(-1, -2)
+
+
 def check_qkv(q: Array, k: Array, v: Array, *, causal: bool, step: bool = False) -> Axes:
     """Check the shapes of q, k, v against one another; `causal` asks for N == L. `step`: arrays without the axis N."""
     positions = "" if step else "N, "

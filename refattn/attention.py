@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._array import (Array, Axes, accumulator, check_cotangent, check_dtypes, check_lengths, check_number, check_qkv, check_shape,
+from ._array import (Array, Axes, accumulator, cast, check_cotangent, check_dtypes, check_lengths, check_number, check_qkv, check_shape,
                      dtype_name, namespace)
 from ._blocks import Reader, reader, real_rows, split_groups
 from .causal import (CHUNK, Store, causal_scan_backward, causal_scan_forward, causal_step, causal_step_backward, each_stack,
@@ -194,9 +194,9 @@ def causal_linear_attention_step(q_t: Array, k_t: Array, v_t: Array, state: Stat
     """
     xp, axes, phi, eps, state = _check_step(q_t, k_t, v_t, state, feature_map, eps)
     acc = accumulator(v_t.dtype)
-    fq, fk, v = phi.forward(_cast(q_t, acc, xp)), phi.forward(_cast(k_t, acc, xp)), _cast(v_t, acc, xp)
+    fq, fk, v = phi.forward(cast(q_t, acc)), phi.forward(cast(k_t, acc)), cast(v_t, acc)
     out, end, _ = _step(fq, fk, v, state, axes, eps, xp)
-    return _cast(out, v_t.dtype, xp), end
+    return cast(out, v_t.dtype), end
 
 
 def causal_linear_attention_step_vjp(q_t: Array, k_t: Array, v_t: Array, state: State | None = None, *, feature_map: Any = "elu1",
@@ -204,14 +204,14 @@ def causal_linear_attention_step_vjp(q_t: Array, k_t: Array, v_t: Array, state: 
     """`causal_linear_attention_step` and its pullback: (dout_t, dstate) -> (dq_t, dk_t, dv_t, dstate0); see `refattn.vjp`."""
     xp, axes, phi, eps, before = _check_step(q_t, k_t, v_t, state, feature_map, eps)
     acc = accumulator(v_t.dtype)
-    q, k, v = (_cast(x, acc, xp) for x in (q_t, k_t, v_t))
+    q, k, v = (cast(x, acc) for x in (q_t, k_t, v_t))
     fq, fk = phi.forward(q), phi.forward(k)
     out, end, inverse = _step(fq, fk, v, before, axes, eps, xp)
 
     def pullback(dout: Array | None, dstate: Any = None) -> tuple[Array, Array, Array, State | None]:
-        check_cotangent("dout_t", dout, out if out.dtype == v_t.dtype else _cast(out, v_t.dtype, xp))
+        check_cotangent("dout_t", dout, out if out.dtype == v_t.dtype else cast(out, v_t.dtype))
         dstate = _check_state_cotangent(dstate, end)
-        do = xp.zeros_like(out) if dout is None else _cast(dout, acc, xp)
+        do = xp.zeros_like(out) if dout is None else cast(dout, acc)
         dnum = do * inverse[..., None]                                                                     # out = num · inverse
         dden = -xp.sum(dnum * out, axis=-1)
         ones = xp.ones_like(v[..., :1])
@@ -220,9 +220,9 @@ def causal_linear_attention_step_vjp(q_t: Array, k_t: Array, v_t: Array, state: 
         R, dfq, dfk, dV = causal_step_backward(G, dS, S, fq, fk, V)
         dq, dk, dv = phi.backward(dfq, q), phi.backward(dfk, k), dV[..., :-1]
         start = None if state is None else _state_like(R, State(*state), xp)
-        return _cast(dq, q_t.dtype, xp), _cast(dk, k_t.dtype, xp), _cast(dv, v_t.dtype, xp), start
+        return cast(dq, q_t.dtype), cast(dk, k_t.dtype), cast(dv, v_t.dtype), start
 
-    return (_cast(out, v_t.dtype, xp), end), pullback
+    return (cast(out, v_t.dtype), end), pullback
 
 
 # --- NumPy: φ, the column of ones and the quotient inside the loop over chunks --------------------------------------------------------
@@ -402,13 +402,13 @@ def attention_functional_forward(form: Callable[..., Any], q: Array, k: Array, v
     xp = namespace(q=q, k=k, v=v)
     acc = accumulator(v.dtype)
     real_q, real_k = _real(query_lengths, q, xp), _real(key_lengths, k, xp)
-    Q, K, V = (_keep(_cast(x, acc, xp), real, xp) for x, real in ((q, real_q), (k, real_k), (v, real_k)))
+    Q, K, V = (_keep(cast(x, acc), real, xp) for x, real in ((q, real_q), (k, real_k), (v, real_k)))
     fq, fk = _keep(phi.forward(Q), real_q, xp), _keep(phi.forward(K), real_k, xp)
     ones = _keep(xp.ones((*V.shape[:-1], 1), dtype=V.dtype), real_k, xp)
     both, end, residuals = form(fq, fk, xp.concat([V, ones], axis=-1), start)                          # [num | den]
     inverse = _inverse(both[..., -1:] + eps)
     out = both[..., :-1] * inverse
-    return _cast(out, v.dtype, xp), end, (residuals, out, inverse, Q, K, real_q, real_k, phi, q.dtype)
+    return cast(out, v.dtype), end, (residuals, out, inverse, Q, K, real_q, real_k, phi, q.dtype)
 
 
 def attention_functional_backward(form: Callable[..., Any], dout: Array, dend: Array | None,
@@ -416,11 +416,11 @@ def attention_functional_backward(form: Callable[..., Any], dout: Array, dend: A
     """Transpose of `attention_functional_forward`: (dq, dk, dv, [dS_0 | dz_0]) by the form's own backward."""
     inner, out, inverse, Q, K, real_q, real_k, phi, dtype = residuals
     xp = namespace(Q=Q)
-    dnum = _keep(_cast(dout, Q.dtype, xp), real_q, xp) * inverse                                       # out = num · inverse
+    dnum = _keep(cast(dout, Q.dtype), real_q, xp) * inverse                                       # out = num · inverse
     dden = -xp.sum(dnum * out, axis=-1, keepdims=True)
     dfq, dfk, dV, dstart = form(xp.concat([dnum, dden], axis=-1), dend, inner)                        # [num | den] = f(φ(q), φ(k), [v | 1])
     dq, dk = _keep(phi.backward(dfq, Q), real_q, xp), _keep(phi.backward(dfk, K), real_k, xp)
-    return _cast(dq, dtype, xp), _cast(dk, dtype, xp), _cast(_keep(dV[..., :-1], real_k, xp), dtype, xp), dstart
+    return cast(dq, dtype), cast(dk, dtype), cast(_keep(dV[..., :-1], real_k, xp), dtype), dstart
 
 
 def _real(lengths: np.ndarray | None, x: Array, xp: Any) -> Array | None:
@@ -454,7 +454,7 @@ def _causal(q: Array, k: Array, v: Array, state: State | None, feature_map: Any,
         start = xp.zeros((*axes.kv_lead, F, axes.M + 1), dtype=acc)
     else:
         state = _check_state(state, q, axes, F)
-        start = xp.concat([_cast(state.S, acc, xp), _cast(state.z, acc, xp)[..., None]], axis=-1)
+        start = xp.concat([cast(state.S, acc), cast(state.z, acc)[..., None]], axis=-1)
     out, end, inner = _attend(True, q, k, v, start, phi, eps, None, None, xp)
 
     def backward(dout: Array | None, dstate: State | None) -> tuple[Array, Array, Array, State | None]:
@@ -507,7 +507,7 @@ def _check_step(q_t: Array, k_t: Array, v_t: Array, state: Any, feature_map: Any
         zeros = State(xp.zeros((*axes.kv_lead, F, axes.M), dtype=acc), xp.zeros((*axes.kv_lead, F), dtype=acc))
         return xp, axes, phi, eps, zeros
     state = _check_state(state, q_t, axes, F)
-    return xp, axes, phi, eps, State(_cast(state.S, acc, xp), _cast(state.z, acc, xp))
+    return xp, axes, phi, eps, State(cast(state.S, acc), cast(state.z, acc))
 
 
 def _check_state(state: Any, q: Array, axes: Axes, F: int) -> State:
@@ -559,14 +559,9 @@ def _split(both: Array, xp: Any) -> State:
 
 def _state_like(both: Array, state: State, xp: Any) -> State:
     S, z = _split(both, xp)
-    return State(_cast(S, state.S.dtype, xp), _cast(z, state.z.dtype, xp))
+    return State(cast(S, state.S.dtype), cast(z, state.z.dtype))
 
 
 def _zeros_like(state: State, xp: Any) -> State:
     return State(xp.zeros_like(state.S), xp.zeros_like(state.z))
 
-
-def _cast(x: Array, dtype: Any, xp: Any) -> Array:
-    if x.dtype == dtype:
-        return x
-    return x.astype(dtype) if hasattr(x, "astype") else xp.astype(x, dtype)

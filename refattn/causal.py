@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from ._array import Array, accumulator, namespace
+from ._array import Array, accumulator, cast, namespace, transposed
 from ._blocks import BUFFER_BYTES, Reader, blocks, over_heads, reader, split_groups, stacks
 
 Residuals = tuple[Any, ...]
@@ -54,9 +54,9 @@ def causal_masked_forward(q: Array, k: Array, v: Array, state: Array | None = No
     """
     xp, (Q, K, V), S, give_back = _functional(q, k, v, state)
     keep = xp.arange(Q.shape[-2])[:, None] >= xp.arange(K.shape[-2])
-    A = _masked(Q @ _t(K), keep, xp)
+    A = _masked(Q @ transposed(K), keep, xp)
     out = A @ V + Q @ S
-    return give_back(out), _squeeze(S + _t(K) @ V), (q, k, v, state)
+    return give_back(out), _squeeze(S + transposed(K) @ V), (q, k, v, state)
 
 
 def causal_masked_backward(dout: Array, dstate: Array | None, residuals: Residuals) -> tuple[Array, Array, Array, Array]:
@@ -71,11 +71,11 @@ def causal_masked_backward(dout: Array, dstate: Array | None, residuals: Residua
     xp, (Q, K, V), S, _ = _functional(q, k, v, state)
     dO, R = _grouped(dout, K, xp), _cotangent_state(dstate, S, xp)
     keep = xp.arange(Q.shape[-2])[:, None] >= xp.arange(K.shape[-2])
-    A, dA = _masked(Q @ _t(K), keep, xp), _masked(dO @ _t(V), keep, xp)
-    dq = dA @ K + dO @ _t(S)                     # out = A @ V + Q @ S,  A = tril(Q @ Kᵀ)
-    dk = _over_group(_t(dA) @ Q, xp) + V @ _t(R)            # A = tril(Q @ Kᵀ),  S_N = S + Kᵀ @ V
-    dv = _over_group(_t(A) @ dO, xp) + K @ R                # out = A @ V,       S_N = S + Kᵀ @ V
-    dS = R + _over_group(_t(Q) @ dO, xp)                    # out = Q @ S,       S_N = S + …
+    A, dA = _masked(Q @ transposed(K), keep, xp), _masked(dO @ transposed(V), keep, xp)
+    dq = dA @ K + dO @ transposed(S)                     # out = A @ V + Q @ S,  A = tril(Q @ Kᵀ)
+    dk = _over_group(transposed(dA) @ Q, xp) + V @ transposed(R)            # A = tril(Q @ Kᵀ),  S_N = S + Kᵀ @ V
+    dv = _over_group(transposed(A) @ dO, xp) + K @ R                # out = A @ V,       S_N = S + Kᵀ @ V
+    dS = R + _over_group(transposed(Q) @ dO, xp)                    # out = Q @ S,       S_N = S + …
     return _like(dq, q, xp), _like(dk, k, xp), _like(dv, v, xp), _like_state(dS, state, xp)
 
 
@@ -279,14 +279,14 @@ def causal_scan_backward(dout: Array, dstate: Array | None, residuals: Residuals
     q, k, v, state, chunk = residuals
     xp, (Q, K, V), S, _ = _functional(q, k, v, state)
     dO, R = _grouped(dout, K, xp), _cotangent_state(dstate, S, xp)
-    dq, _ = _scan(dO, V, K, _t(S), chunk, xp)
+    dq, _ = _scan(dO, V, K, transposed(S), chunk, xp)
     # The query heads of a group share their keys: side by side as features, [v | v] · [do_1; do_2] sums over them
     G = Q.shape[-3]
     Kr, Vr, Qr, dOr = (xp.flip(x, axis=-2) for x in (K, V, Q, dO))
     dk, dv, dS = 0, 0, R
     for g in range(G):
         zero = xp.zeros_like(R) if g else R
-        one_k, _ = _scan(Vr, dOr[..., g: g + 1, :, :], Qr[..., g: g + 1, :, :], _t(zero), chunk, xp)
+        one_k, _ = _scan(Vr, dOr[..., g: g + 1, :, :], Qr[..., g: g + 1, :, :], transposed(zero), chunk, xp)
         one_v, end = _scan(Kr, Qr[..., g: g + 1, :, :], dOr[..., g: g + 1, :, :], zero, chunk, xp)
         dk, dv, dS = dk + one_k, dv + one_v, end if g == 0 else dS + end
     return (_like(dq, q, xp), _like(xp.flip(dk, axis=-2), k, xp), _like(xp.flip(dv, axis=-2), v, xp), _like_state(dS, state, xp))
@@ -297,8 +297,8 @@ def _scan(Q: Array, K: Array, V: Array, S: Array, C: int, xp: Any) -> tuple[Arra
     N, M = Q.shape[-2], V.shape[-1]
     T = max(-(-N // C), 1)
     Qc, Kc, Vc = (_in_chunks(x, T, C, xp) for x in (Q, K, V))                            # (..., G, T, C, D)
-    A = _masked(Qc @ _t(Kc), xp.arange(C)[:, None] >= xp.arange(C), xp)
-    own = _t(Kc) @ Vc                                                                    # each chunk's own Kᵀ V
+    A = _masked(Qc @ transposed(Kc), xp.arange(C)[:, None] >= xp.arange(C), xp)
+    own = transposed(Kc) @ Vc                                                                    # each chunk's own Kᵀ V
     after = xp.concat([S[..., None, :, :], S[..., None, :, :] + _running_sum(own, xp)], axis=-3)
     out = A @ Vc + Qc @ after[..., :-1, :, :]
     return xp.reshape(out, (*out.shape[:-3], T * C, M))[..., :N, :], after[..., -1, :, :]
@@ -336,8 +336,8 @@ def causal_step_backward(dout_t: Array, dstate: Array, state: Array, q_t: Array,
     S = state + k_t[..., :, None] * v_t[..., None, :]
     xp = namespace(q_t=q_t)
     Q, dO = _group_step(q_t, k_t, xp), _group_step(dout_t, k_t, xp)
-    R = dstate + _t(Q) @ dO                                                                     # out = Sᵀ q
-    dq = xp.reshape(dO @ _t(S), q_t.shape)
+    R = dstate + transposed(Q) @ dO                                                                     # out = Sᵀ q
+    dq = xp.reshape(dO @ transposed(S), q_t.shape)
     dk = (R @ v_t[..., :, None])[..., 0]                                                        # S = state + k vᵀ
     dv = (k_t[..., None, :] @ R)[..., 0, :]
     return R, dq, dk, dv
@@ -376,30 +376,28 @@ def _functional(q: Array, k: Array, v: Array,
                 state: Array | None) -> tuple[Any, tuple[Array, Array, Array], Array, Callable[[Array], Array]]:
     """Namespace; q, k, v as (..., H, G, N, D) in the accumulator dtype; S as (..., H, 1, D, M); the way back to out's shape and dtype."""
     xp = namespace(q=q, k=k, v=v)
-    K, V = _widen(k, xp)[..., None, :, :], _widen(v, xp)[..., None, :, :]
+    K, V = _widen(k)[..., None, :, :], _widen(v)[..., None, :, :]
     Q = _grouped(q, K, xp)
-    S = (xp.zeros_like(_t(K[..., :1, :]) * V[..., :1, :]) if K.shape[-2] else
-         xp.zeros((*K.shape[:-2], K.shape[-1], V.shape[-1]), dtype=V.dtype)) if state is None else _widen(state, xp)[..., None, :, :]
+    S = (xp.zeros_like(transposed(K[..., :1, :]) * V[..., :1, :]) if K.shape[-2] else
+         xp.zeros((*K.shape[:-2], K.shape[-1], V.shape[-1]), dtype=V.dtype)) if state is None else _widen(state)[..., None, :, :]
     return xp, (Q, K, V), S, lambda out: _like(out, q, xp, width=v.shape[-1])
 
 
 def _grouped(x: Array, K: Array, xp: Any) -> Array:
     """(..., G·H, N, D) as (..., H, G, N, D), beside keys K (..., H, 1, N, D)."""
-    x = _widen(x, xp)
+    x = _widen(x)
     if x.ndim == 2:
         return x[None]
     return xp.reshape(x, (*x.shape[:-3], K.shape[-4], x.shape[-3] // max(K.shape[-4], 1), *x.shape[-2:]))
 
 
-def _widen(x: Array, xp: Any) -> Array:
-    acc = accumulator(x.dtype)
-    return x if acc == x.dtype else x.astype(acc) if hasattr(x, "astype") else xp.astype(x, acc)
+def _widen(x: Array) -> Array:
+    return cast(x, accumulator(x.dtype))
 
 
 def _like(y: Array, x: Array, xp: Any, width: int | None = None) -> Array:
     """y (..., H, G, N, D) with x's shape and dtype (the last axis may differ)."""
-    y = xp.reshape(y, (*x.shape[:-1], x.shape[-1] if width is None else width))
-    return y if y.dtype == x.dtype else y.astype(x.dtype) if hasattr(y, "astype") else xp.astype(y, x.dtype)
+    return cast(xp.reshape(y, (*x.shape[:-1], x.shape[-1] if width is None else width)), x.dtype)
 
 
 def _like_state(dS: Array, state: Array | None, xp: Any) -> Array:
@@ -411,15 +409,11 @@ def _squeeze(S: Array) -> Array:
 
 
 def _cotangent_state(dstate: Array | None, S: Array, xp: Any) -> Array:
-    return xp.zeros_like(S) if dstate is None else _widen(dstate, xp)[..., None, :, :]
+    return xp.zeros_like(S) if dstate is None else _widen(dstate)[..., None, :, :]
 
 
 def _over_group(x: Array, xp: Any) -> Array:
     return xp.sum(x, axis=-3, keepdims=True)
-
-
-def _t(x: Array) -> Array:
-    return x.mT
 
 
 def _masked(scores: Array, keep: Array, xp: Any) -> Array:

@@ -625,7 +625,7 @@ def attention_backward(dout: Array, residuals: Residuals) -> tuple[Array, Grads]
     xp = namespace(dout=dout)
     grads: Grads = {}
     dmerged, grads[f"{name}.out.weight"], grads[f"{name}.out.bias"] = affine_backward(keep_real(xp, real, dout), r_out)
-    dmixed = dmerged.reshape(*dmerged.shape[:-1], heads, -1).swapaxes(-3, -2)
+    dmixed, = _split(dmerged, heads, 1)
     dprojected = xp.empty((*dmerged.shape[:-1], 3 * dmerged.shape[-1]), dmerged.dtype)
     for into, d in zip(_split(dprojected, heads), pullback(dmixed), strict=True):
         into[...] = d
@@ -721,7 +721,8 @@ def attention_step(params: Params, name: str, x_t: Array, state: Any = None, *, 
     [1.0, 1.0]
     """
     _check_attention(x_t, heads, attention, "(..., E)", 1)
-    q, k, v = (affine_forward(x_t, *affine_params(params, f"{name}.{part}"))[0].reshape(*x_t.shape[:-1], heads, -1) for part in _QKV)
+    shape = (*x_t.shape[:-1], heads, x_t.shape[-1] // heads)
+    q, k, v = (affine_forward(x_t, *affine_params(params, f"{name}.{part}"))[0].reshape(shape) for part in _QKV)
     if attention == "linear":
         mixed, state = causal_linear_attention_step(q, k, v, state, feature_map=feature_map)
     else:

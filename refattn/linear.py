@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ._array import Array
+from ._array import Array, transposed
 from ._blocks import Reader, blocks
-from .causal import Residuals, Store, _cotangent_state, _functional, _grouped, _like, _like_state, _over_group, _positions, _squeeze, _t
+from .causal import Residuals, Store, _cotangent_state, _functional, _grouped, _like, _like_state, _over_group, _positions, _squeeze
 
 BLOCK = 256    # positions at a time; nothing here is quadratic in it
 
@@ -29,7 +29,7 @@ def linear_forward(q: Array, k: Array, v: Array, state: Array | None = None) -> 
     array([6., 6.])
     """
     xp, (Q, K, V), S, give_back = _functional(q, k, v, state)
-    S = S + _t(K) @ V
+    S = S + transposed(K) @ V
     return give_back(Q @ S), _squeeze(S), (q, k, v, state)
 
 
@@ -44,10 +44,10 @@ def linear_backward(dout: Array, dstate: Array | None, residuals: Residuals) -> 
     q, k, v, state = residuals
     xp, (Q, K, V), S, _ = _functional(q, k, v, state)
     dO, R = _grouped(dout, K, xp), _cotangent_state(dstate, S, xp)
-    S = S + _t(K) @ V
-    dq = dO @ _t(S)                              # O = Q @ S
-    R = R + _over_group(_t(Q) @ dO, xp)          # O = Q @ S
-    dk, dv = V @ _t(R), K @ R                    # S = S_0 + Kᵀ @ V
+    S = S + transposed(K) @ V
+    dq = dO @ transposed(S)                              # O = Q @ S
+    R = R + _over_group(transposed(Q) @ dO, xp)          # O = Q @ S
+    dk, dv = V @ transposed(R), K @ R                    # S = S_0 + Kᵀ @ V
     return _like(dq, q, xp), _like(dk, k, xp), _like(dv, v, xp), _like_state(R, state, xp)
 
 

@@ -85,9 +85,10 @@ def sgd_step(params: Params, grads: Params, slots: SgdSlots, *, learning_rate: f
     _check(params, grads, slots.momentum)
     new, means = {}, {}
     for key, theta in params.items():
-        means[key] = m = slots.momentum[key] * mu
-        m += grads[key]
+        m = _lined(slots.momentum[key]) * mu
+        m += _lined(grads[key])
         new[key] = _moved(theta, m * -rate, rate * decay)
+        means[key] = m.reshape(theta.shape)
     return new, SgdSlots(means)
 
 
@@ -195,11 +196,11 @@ def _adam(params: Params, grads: Params, slots: AdamSlots, learning_rate: float,
     new, means, squares = {}, {}, {}
     for key, theta in params.items():
         xp = namespace(params=theta)
-        g = grads[key].astype(accumulator(theta.dtype), copy=False)
-        means[key] = m = slots.mean[key] * beta1
+        g = _lined(grads[key]).astype(accumulator(theta.dtype), copy=False)
+        m = _lined(slots.mean[key]) * beta1
         work = g * (1 - beta1)
         m += work
-        squares[key] = v = slots.square[key] * beta2
+        v = _lined(slots.square[key]) * beta2
         xp.multiply(g, g, out=work)
         work *= 1 - beta2
         v += work
@@ -211,6 +212,7 @@ def _adam(params: Params, grads: Params, slots: AdamSlots, learning_rate: float,
             xp.divide(m, work, out=work)
             work *= -scale * rectified * correction
         new[key] = _moved(theta, work, rate * decay)
+        means[key], squares[key] = m.reshape(theta.shape), v.reshape(theta.shape)
     return new, AdamSlots(t, means, squares)
 
 
@@ -262,7 +264,8 @@ def clip_by_global_norm(grads: Params, limit: float) -> tuple[dict[str, Array], 
     if norm <= limit:
         return dict(grads), norm
     factor = limit / norm
-    return {key: (g.astype(accumulator(g.dtype), copy=False) * factor).astype(g.dtype, copy=False) for key, g in grads.items()}, norm
+    scaled = {key: _lined(g).astype(accumulator(g.dtype), copy=False) * factor for key, g in grads.items()}
+    return {key: scaled[key].astype(g.dtype, copy=False).reshape(g.shape) for key, g in grads.items()}, norm
 
 
 # --- schedules: learning rates as functions of the step 0, 1, 2, … -----------------------------------------------------------------------
@@ -316,10 +319,15 @@ def _zeros(params: Params) -> dict[str, Array]:
     return {key: namespace(params=p).zeros(p.shape, accumulator(p.dtype)) for key, p in params.items()}
 
 
+def _lined(x: Array) -> Array:
+    """x, a single number as an array of one: arithmetic on arrays without axes would give scalars, which have no place to write to."""
+    return x if x.ndim else x.reshape(1)
+
+
 def _moved(theta: Array, move: Array, shrink: float) -> Array:
     """θ (1 - shrink) + move, rounded once to θ's dtype. `move` is the caller's own temporary and is written to."""
-    move += theta if not shrink else theta.astype(move.dtype, copy=False) * (1 - shrink)
-    return move.astype(theta.dtype, copy=False)
+    move += _lined(theta) if not shrink else _lined(theta).astype(move.dtype, copy=False) * (1 - shrink)
+    return move.astype(theta.dtype, copy=False).reshape(theta.shape)
 
 
 def _norm(g: Array) -> float:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ._array import Array, Axes, accumulator, check_cotangent, check_dtypes, check_number, check_qkv, check_shape, namespace
-from .attention import Pullback, _cast, check_state_dtype
+from ._array import Array, Axes, accumulator, cast, check_cotangent, check_dtypes, check_number, check_qkv, check_shape, namespace
+from .attention import Pullback, check_state_dtype
 from .causal import (causal_chunked_backward, causal_chunked_forward, causal_scan_backward, causal_scan_forward, causal_step,
                      causal_step_backward)
 
@@ -105,7 +105,7 @@ def recurrence_vjp(q: Array, k: Array, v: Array, g: Array | None = None, beta: A
                       for i, (rows, residuals) in enumerate(parts)]
             dq, dk, dv = (xp.concat([p[j] for p in pieces], axis=-2) if pieces else xp.zeros_like(x) for j, x in enumerate((q, k, v)))
             dstart = xp.stack([p[3] for p in pieces], axis=-3) if pieces else xp.zeros_like(end)
-        return dq, dk, dv, None, None, None if state is None else _cast(dstart, state.dtype, xp)
+        return dq, dk, dv, None, None, None if state is None else cast(dstart, state.dtype)
 
     return (out, end), pullback
 
@@ -157,18 +157,18 @@ def recurrence_step_vjp(q_t: Array, k_t: Array, v_t: Array, g_t: Array | None = 
     xp, axes, scale = _check(q_t, k_t, v_t, g_t, beta_t, rule, scale, step=True)
     _check_state(state, q_t, axes, None)
     acc = accumulator(v_t.dtype)
-    q, k, v = (_cast(x, acc, xp) for x in (q_t, k_t, v_t))
-    S = xp.zeros((*axes.kv_lead, axes.D, axes.M), dtype=acc) if state is None else _cast(state, acc, xp)
+    q, k, v = (cast(x, acc) for x in (q_t, k_t, v_t))
+    S = xp.zeros((*axes.kv_lead, axes.D, axes.M), dtype=acc) if state is None else cast(state, acc)
     wide, end = causal_step(S, q, k, v)
-    out = _cast(_scaled(wide, scale), v_t.dtype, xp)
+    out = cast(_scaled(wide, scale), v_t.dtype)
 
     def pullback(dout: Array | None, dstate: Array | None = None) -> tuple[Array | None, ...]:
         check_cotangent("dout_t", dout, out)
         check_cotangent("dstate", dstate, end)
-        do = xp.zeros_like(wide) if dout is None else _scaled(_cast(dout, acc, xp), scale)
+        do = xp.zeros_like(wide) if dout is None else _scaled(cast(dout, acc), scale)
         dS, dq, dk, dv = causal_step_backward(do, xp.zeros_like(end) if dstate is None else dstate, S, q, k, v)
-        dstart = None if state is None else _cast(dS, state.dtype, xp)
-        return (*(_cast(d, x.dtype, xp) for d, x in ((dq, q_t), (dk, k_t), (dv, v_t))), None, None, dstart)
+        dstart = None if state is None else cast(dS, state.dtype)
+        return (*(cast(d, x.dtype) for d, x in ((dq, q_t), (dk, k_t), (dv, v_t))), None, None, dstart)
 
     return (out, end), pullback
 

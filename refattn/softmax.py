@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._array import (Array, Axes, accumulator, check_cotangent, check_dtypes, check_lengths, check_number, check_positive, check_qkv,
-                     check_shape, dtype_name, namespace)
+from ._array import (Array, Axes, accumulator, cast, check_cotangent, check_dtypes, check_lengths, check_number, check_positive, check_qkv,
+                     check_shape, dtype_name, namespace, transposed)
 from ._blocks import blocks, over_heads, reader, real_rows, split_groups, stacks
 
 Residuals = tuple[Any, ...]
@@ -169,10 +169,10 @@ def softmax_masked_forward(q: Array, k: Array, v: Array, *, causal: bool = False
     xp = namespace(q=q, k=k, v=v)
     Q = _real(q, axes.groups, real_q, axes, xp)
     K, V = (_real(x, 1, real_k, axes, xp) for x in (k, v))
-    X = xp.matmul(Q * s, _t(K))
+    X = xp.matmul(Q * s, transposed(K))
     E, l = _weights(X, _visible(axes, causal, real_k), xp)
     O = _hide(xp.matmul(E, V) / l, real_q, xp)
-    out = _as(xp.reshape(O, (*axes.q_lead, axes.N, axes.M)), q.dtype, xp)
+    out = cast(xp.reshape(O, (*axes.q_lead, axes.N, axes.M)), q.dtype)
     return out, (q, k, v, out, O, E, l, axes, s, real_q, real_k)
 
 
@@ -217,12 +217,12 @@ def softmax_masked_backward(dout: Array | None, residuals: Residuals) -> Gradien
     Q, dO = (_real(x, axes.groups, real_q, axes, xp) for x in (q, dout))
     K, V = (_real(x, 1, real_k, axes, xp) for x in (k, v))
     dO = dO / l
-    dV = xp.matmul(_t(E), dO)                                                          # O = P V
-    dX = E * (xp.matmul(dO, _t(V)) - xp.sum(dO * O, axis=-1, keepdims=True))           # P = softmax(X)
+    dV = xp.matmul(transposed(E), dO)                                                          # O = P V
+    dX = E * (xp.matmul(dO, transposed(V)) - xp.sum(dO * O, axis=-1, keepdims=True))           # P = softmax(X)
     dQ = s * xp.matmul(dX, K)                                                          # X = (s Q) Kᵀ
-    dK = xp.matmul(_t(dX), Q * s)
+    dK = xp.matmul(transposed(dX), Q * s)
     over_group = (xp.sum(d, axis=-3) for d in (dK, dV))
-    dq, dk, dv = (_as(xp.reshape(d, x.shape), x.dtype, xp) for d, x in zip((dQ, *over_group), (q, k, v)))
+    dq, dk, dv = (cast(xp.reshape(d, x.shape), x.dtype) for d, x in zip((dQ, *over_group), (q, k, v)))
     return dq, dk, dv
 
 
@@ -606,11 +606,11 @@ def softmax_step(q_t: Array, k_t: Array, v_t: Array, cache: SoftmaxCache | None 
     store.keys[..., n, :] = k_t
     store.values[..., n, :] = v_t
     cache = store.cache(n + 1)
-    Q = xp.reshape(_as(q_t, acc, xp), (*axes.kv_lead, axes.groups, axes.D)) * s
-    X = xp.matmul(Q, _t(cache.keys))
+    Q = xp.reshape(cast(q_t, acc), (*axes.kv_lead, axes.groups, axes.D)) * s
+    X = xp.matmul(Q, transposed(cache.keys))
     X = xp.exp(X - xp.max(X, axis=-1, keepdims=True))
     out = xp.matmul(X, cache.values) / xp.sum(X, axis=-1, keepdims=True)
-    return _as(xp.reshape(out, (*axes.q_lead, axes.M)), q_t.dtype, xp), cache
+    return cast(xp.reshape(out, (*axes.q_lead, axes.M)), q_t.dtype), cache
 
 
 def _grown(keys: Array, values: Array, room: int, xp: Any) -> _Store:
@@ -667,7 +667,7 @@ def _scale(scale: float | None, D: int) -> float:
 
 def _real(x: Array, groups: int, lengths: np.ndarray | None, axes: Axes, xp: Any) -> Array:
     """x (..., groups·H, n, d) as (..., H, groups, n, d) in the accumulator's dtype, with zeros for padding."""
-    x = _as(x, accumulator(x.dtype), xp)
+    x = cast(x, accumulator(x.dtype))
     return _hide(xp.reshape(x, (*axes.kv_lead, groups, *x.shape[-2:])), lengths, xp)
 
 
@@ -676,10 +676,3 @@ def _hide(x: Array, lengths: np.ndarray | None, xp: Any) -> Array:
         return x
     return xp.where(xp.asarray(np.arange(x.shape[-2])[:, None] < lengths[..., None, None]), x, xp.zeros_like(x))
 
-
-def _as(x: Array, dtype: Any, xp: Any) -> Array:
-    return x if x.dtype == dtype else x.astype(dtype) if hasattr(x, "astype") else xp.astype(x, dtype)
-
-
-def _t(x: Array) -> Array:
-    return x.mT if hasattr(x, "mT") else x.swapaxes(-1, -2)     # CuPy arrays have no mT

@@ -142,7 +142,8 @@ def attention_budget(q: Any, k: Any, v: Any, S: Any, z: Any, dout: Any, dS: Any,
     half = 0.0 if np.dtype(acc) == dtype else 2 * unit_roundoff(dtype.name)     # the backward reads out as it was returned: rounded to half
     halved = _rounded_out(half, G, out, inverse, mask, Q, K_, ones_, z_, real_q, real_k, dphi, q, k, groups)
     return Budget(forward * out + rounding(out, dtype), forward * (S + K.mT @ V) + rounding(0, acc),
-                  forward * (z + K.sum(-2)) + rounding(0, acc), backward * dq + halved[0] + rounding(dq, dtype), backward * dk + halved[1] + rounding(dk, dtype),
+                  forward * (z + K.sum(-2)) + rounding(0, acc), backward * dq + halved[0] + rounding(dq, dtype),
+                  backward * dk + halved[1] + rounding(dk, dtype),
                   backward * dv + rounding(dv, dtype), backward * dS0 + rounding(0, acc), backward * dz0 + halved[2] + rounding(0, acc))
 
 
