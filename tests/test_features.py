@@ -651,7 +651,8 @@ def test_bad_arrays_are_named(name):
     for bad, error, words in ((np.ones((3, F)), ValueError, rf"dy: expected the shape of the mapped features \(2, {F}\), got \(3, {F}\)"),
                               (np.ones((2, F + 1)), ValueError, "dy: expected the shape"), (np.ones(F), ValueError, "dy: expected the shape"),
                               (np.ones((2, F), np.float32), TypeError, "dy is float32 and x is float64"),
-                              (None, TypeError, "dy: expected an array of the shape of the mapped features, got None"), (array_api_strict.ones((2, F)), TypeError, "array_api_strict array")):
+                              (None, TypeError, "dy: expected an array of the shape of the mapped features, got None"),
+                              (array_api_strict.ones((2, F)), TypeError, "array_api_strict array")):
         with pytest.raises(error, match=words):
             fm.backward(bad, x)
 
