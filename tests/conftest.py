@@ -3,6 +3,7 @@
 HYPOTHESIS_PROFILE=daily      25 new examples for each law; what `make test` runs at a desk
 HYPOTHESIS_PROFILE=ci         50 examples, always the same ones; chosen by itself where CI is set
 HYPOTHESIS_PROFILE=thorough   500 new examples, for a law that was just written or is in doubt
+HYPOTHESIS_PROFILE=mutants    10 examples, always the same ones, failures not made smaller; for `make mutants`
 """
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import platform
 import hypothesis
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 SEED = 2020
 
@@ -22,6 +23,7 @@ _ALWAYS = {"deadline": None, "print_blob": True, "suppress_health_check": [Healt
 settings.register_profile("daily", max_examples=25, **_ALWAYS)
 settings.register_profile("ci", max_examples=50, derandomize=True, database=None, **_ALWAYS)
 settings.register_profile("thorough", max_examples=500, **_ALWAYS)
+settings.register_profile("mutants", max_examples=10, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate], **_ALWAYS)
 
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI", "").lower() not in ("", "0", "false") else "daily")
 settings.load_profile(PROFILE)
