@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from ._array import Array, accumulator, cast, namespace, transposed
+from ._array import Array, accumulator, cast, check_positive, namespace, transposed
 from ._blocks import BUFFER_BYTES, Reader, blocks, over_heads, reader, split_groups, stacks
 
 Residuals = tuple[Any, ...]
@@ -108,10 +108,16 @@ def causal_chunked_forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, state: n
     4·N·D·M + 2·N·C·(D + M) flops a head; extra memory C² + C·(D + M) + D·M per head in work, whatever N. Sums are kept in the accumulator
     dtype (float32 for float16 and bfloat16); out is rounded once, at the end. Shapes are not checked here: `recurrence` does.
 
+    Raises
+    ------
+    ValueError, TypeError
+        "chunk: expected an integer ≥ 1, got 0".
+
     >>> q = k = v = np.ones((5, 1))
     >>> causal_chunked_forward(q, k, v, chunk=2)[0].ravel()
     array([1., 2., 3., 4., 5.])
     """
+    chunk = check_positive("chunk", chunk)
     heads, headed, acc = k.shape[-3] if k.ndim > 2 else 1, k.ndim > 2, accumulator(v.dtype)
     Q, K, V = split_groups(q, heads, headed), split_groups(k, heads, headed), split_groups(v, heads, headed)
     out = np.empty((*q.shape[:-1], v.shape[-1]), v.dtype)
@@ -263,6 +269,7 @@ def causal_scan_forward(q: Array, k: Array, v: Array, state: Array | None = None
     >>> causal_scan_forward(q, k, v, chunk=2)[0].ravel()
     array([1., 2., 3., 4., 5.])
     """
+    chunk = check_positive("chunk", chunk)
     xp, (Q, K, V), S, give_back = _functional(q, k, v, state)
     out, end = _scan(Q, K, V, S, chunk, xp)
     return give_back(out), _squeeze(end), (q, k, v, state, chunk)

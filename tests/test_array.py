@@ -1,6 +1,9 @@
 """What bad input is told: the argument, what was expected, what came, what to do."""
 from __future__ import annotations
 
+import sys
+import types
+
 import array_api_strict
 import ml_dtypes
 import numpy as np
@@ -136,6 +139,19 @@ def test_states(state, error, words):
     for f, arrays in ((causal_linear_attention, zeros(Q, K, V)), (causal_linear_attention_step, zeros((2, 4, 3), (2, 2, 3), (2, 2, 5)))):
         with pytest.raises(error, match=words):
             f(*arrays, state)
+
+
+@pytest.mark.parametrize("f", SEQUENCES)
+def test_cupy_and_numpy_do_not_mix(f, monkeypatch):
+    """Known by the module of its type: nothing is imported to find out."""
+    module = types.ModuleType("cupy")
+    foreign = type("ndarray", (), {"__module__": "cupy"})()
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    q, k, v = zeros(Q, K, V)
+    with pytest.raises(TypeError, match="q is a numpy array and v a cupy array; bring both to one library first"):
+        f(q, k, foreign)
+    with pytest.raises(TypeError, match="q is a cupy array and k a numpy array"):
+        f(foreign, k, v)
 
 
 def test_a_matrix_has_no_heads():

@@ -205,6 +205,14 @@ def test_a_long_sequence_crosses_many_blocks_and_threads(rng):
         "chunked": [*got[:2], *causal_chunked_backward(dout, dstate, got[2])]})
 
 
+@pytest.mark.parametrize("form", CHUNKED)
+def test_a_chunk_holds_at_least_one_position(form):
+    x = np.ones((3, 1))
+    for bad, error in ((0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)):
+        with pytest.raises(error, match=f"chunk: expected an integer ≥ 1, got {bad}"):
+            FORMS[form][0](x, x, x, chunk=bad)
+
+
 def test_a_future_score_that_overflows_does_not_reach_the_past():
     q, k, v = np.full((2, 1), 1e200), np.array([[1.0], [1e200]]), np.array([[3.0], [0.0]])
     with np.errstate(over="ignore", invalid="ignore"):
