@@ -299,8 +299,14 @@ class Training(NamedTuple):
 
 
 def train_init(plan: Plan, images: int) -> Training:
-    """The state before the first update."""
+    """The state before the first update.
+
+    Tokens and positions start five times smaller than `transformer_init` makes them: from so few images the model then learns more of what
+    pixels have in common, and less by heart (about 1.90 instead of 1.95 bits per held-out pixel).
+    """
     params = transformer_init(np.random.default_rng(plan.seed), plan.config())
+    for name in ("token.weight", "positions.weight"):
+        params[name] = params[name] / 5
     rng = np.random.default_rng([plan.seed, 1])
     return Training(params, adam_init(params), rng.permutation(images), 0, rng.bit_generator.state, 0, 0.0, [])
 
