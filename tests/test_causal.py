@@ -154,21 +154,22 @@ def test_no_state_and_no_cotangent_mean_zero(c):
         laws.law_equal_bits({"zeros": run(form, zeros, 32), form: [out, end, *backward(c.dout, None, residuals)]})
 
 
-def test_a_step_leaves_the_old_state_untouched(rng):
-    for shape in ((2, 3, 4, 5), (40, 8, 32, 33)):                                       # small, and larger than the cache
-        state = rng.integers(-2, 3, shape).astype(float)
-        before, (q, k, v) = state.copy(), (rng.integers(-2, 3, (*shape[:2], n)).astype(float) for n in (shape[2], shape[2], shape[3]))
-        out, after = causal_step(state, q, k, v)
-        assert np.array_equal(state, before)
-        assert np.array_equal(after, before + k[..., :, None] * v[..., None, :])
-        assert np.array_equal(out, np.einsum("bhd,bhdm->bhm", q, after))
+@pytest.mark.parametrize("lead, H, G, D, M", [((2,), 3, 1, 4, 5), ((2,), 3, 2, 4, 5),                       # a small state
+                                              ((40,), 8, 1, 32, 33), ((50,), 3, 2, 32, 33), ((), 300, 1, 32, 33)])  # larger than the cache
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_a_step_leaves_the_old_state_untouched(dtype, lead, H, G, D, M, rng):
+    def draw(*shape):
+        return rng.integers(-2, 3, (*lead, *shape)).astype(dtype)
 
-
-def test_a_large_state_steps_grouped_queries_too(rng):
-    state, q = rng.integers(-2, 3, (40, 4, 32, 33)).astype(float), rng.integers(-2, 3, (40, 8, 32)).astype(float)
-    k, v = rng.integers(-2, 3, (40, 4, 32)).astype(float), rng.integers(-2, 3, (40, 4, 33)).astype(float)
+    state, q, k, v = draw(H, D, M), draw(H * G, D), draw(H, D), draw(H, M)
+    before = state.copy()
     out, after = causal_step(state, q, k, v)
-    assert np.array_equal(out, np.einsum("bhd,bhdm->bhm", q, np.repeat(after, 2, axis=1)))
+    assert np.array_equal(state, before)
+    laws.law_equal_bits({
+        "definition": [np.einsum("...d,...dm->...m", q, np.repeat(before + k[..., :, None] * v[..., None, :], G, axis=-3)),
+                       before + k[..., :, None] * v[..., None, :]],
+        "step": [out, after]})
+    assert out.dtype == after.dtype == dtype
 
 
 # --- laws with derived bounds --------------------------------------------------------------------------------------------------------
