@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,9 @@ def over_heads(work: Callable[..., None], items: Sequence[Stack], flops: float) 
             for item in items:
                 work(*item)
         else:
-            list(_pool(threads).map(lambda item: work(*item), items))   # list: a worker's exception is raised here
+            # each item in a copy of the caller's context, so that its np.errstate holds there too; list: exceptions are raised here
+            contexts = [copy_context() for _ in items]
+            list(_pool(threads).map(lambda context, item: context.run(work, *item), contexts, items))
 
 
 _lock = threading.Lock()

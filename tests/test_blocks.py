@@ -73,6 +73,14 @@ def test_an_error_in_a_thread_is_raised_and_blas_keeps_its_threads():
     assert blas_threads() == before and _blocks._guests == 0
 
 
+def test_the_callers_errstate_holds_in_every_thread():
+    q, k, v = (np.full((4, 4000, 32), 1e30, np.float32) for _ in range(3))
+    with np.errstate(all="ignore"):
+        assert np.isinf(recurrence(q, k, v)[0]).all()
+    with np.errstate(over="raise"), pytest.raises(FloatingPointError, match="overflow"):
+        recurrence(q, k, v)
+
+
 def test_work_runs_on_every_item_whatever_its_size():
     for flops in (0.0, 1e12):
         for count in (0, 1, 5):
