@@ -2,6 +2,7 @@
 # make test    lint, then every test and doctest, warnings as errors, on all cores
 # make lint    ruff and mypy alone
 # make bench   speed and memory of each form
+# make mutants change the core line by line and count the changes that no law notices: an hour or two
 # make clean   remove what the above made, the environments too
 #
 # Needs python3 (3.10 or later) with venv, and make; each target first makes its own environment in .venv, once per change of setup.cfg.
@@ -18,7 +19,7 @@ RUN := $(VENV)/bin/python
 RUFF := ruff check --isolated --quiet --line-length 150 --target-version py310 \
         --select E,W,F,B,UP,NPY --ignore E731,E741,B905
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench mutants clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp
@@ -26,6 +27,10 @@ demo: $(VENV)/demo.stamp
 
 bench: $(VENV)/demo.stamp
 	@$(RUN) -m refattn bench $(ARGS)
+
+mutants: $(VENV)/test.stamp
+	@$(RUN) -m pip install --quiet --disable-pip-version-check 'mutmut>=3.8'
+	@HYPOTHESIS_PROFILE=mutants $(RUN) -m mutmut run $(ARGS)
 
 test: lint
 	@$(RUN) -W error -m pytest -n auto --dist worksteal $(ARGS)
@@ -36,7 +41,7 @@ lint: $(VENV)/test.stamp
 	@echo "lint: ruff and mypy found nothing"
 
 clean:
-	rm -rf .venv .venv-* build dist out *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf .venv .venv-* build dist out *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache .coverage mutants
 	find $(wildcard refattn tests examples) -name __pycache__ -prune -exec rm -rf {} +
 
 # test.stamp waits for demo.stamp, so that under make -j no two pips write into one environment.
