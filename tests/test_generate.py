@@ -12,8 +12,8 @@ from refattn.transformer import Config, transformer_forward, transformer_init
 seeds = st.integers(0, 2**32 - 1)
 configs = st.builds(Config, vocabulary=st.just(7), length=st.just(12), width=st.just(4), heads=st.just(2), layers=st.integers(1, 2),
                     feed_forward=st.just(5), attention=st.sampled_from(["linear", "softmax"]),
-                    positions=st.sampled_from(["learned", "sinusoidal"]), feature_map=st.just("elu1"), norm=st.sampled_from(["pre", "post"]),
-                    causal=st.just(True), activation=st.sampled_from(["gelu", "relu"]))
+                    positions=st.sampled_from(["learned", "sinusoidal"]), feature_map=st.just("elu1"),
+                    norm=st.sampled_from(["pre", "post"]), causal=st.just(True), activation=st.sampled_from(["gelu", "relu"]))
 
 
 @given(seeds, configs, st.integers(1, 5), st.integers(0, 6), st.sampled_from([0.0, 0.5, 1.0]))
@@ -103,9 +103,11 @@ RNG = np.random.default_rng(0)
     (lambda: generate(PARAMS, CONFIG, np.zeros(4, int), 2, RNG), ValueError, r"prompt: expected \(B, P\)"),
     (lambda: generate(PARAMS, CONFIG, np.zeros((1, 1)), 2, RNG), TypeError, "prompt: expected integers, got float64"),
     (lambda: generate(PARAMS, CONFIG, np.zeros((1, 1), int), -1, RNG), ValueError, "count: expected an integer ≥ 0, got -1"),
-    (lambda: generate(PARAMS, CONFIG._replace(vocabulary=300), np.zeros((1, 1), np.uint8), 1, RNG), TypeError, "prompt is uint8, too narrow"),
+    (lambda: generate(PARAMS, CONFIG._replace(vocabulary=300), np.zeros((1, 1), np.uint8), 1, RNG),
+     TypeError, "prompt is uint8, too narrow"),
     (lambda: generate(PARAMS, CONFIG._replace(causal=False), np.zeros((1, 1), int), 1, RNG), ValueError, "expected causal=True"),
-    (lambda: generate(PARAMS, CONFIG, np.zeros((1, 1), int), 1, RNG, temperature=-1), ValueError, "temperature: expected a finite number ≥ 0"),
+    (lambda: generate(PARAMS, CONFIG, np.zeros((1, 1), int), 1, RNG, temperature=-1),
+     ValueError, "temperature: expected a finite number ≥ 0"),
     (lambda: sample(np.array([0.0, np.nan]), RNG), ValueError, "logits: expected a number or -inf everywhere"),
     (lambda: sample(np.array([-np.inf, -np.inf]), RNG), ValueError, "logits: expected a number or -inf everywhere"),
     (lambda: sample(np.zeros((2, 0)), RNG), ValueError, "V ≥ 1"),

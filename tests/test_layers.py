@@ -70,7 +70,8 @@ class Ball:
     def sum(self, axis):
         n = np.prod([self.v.shape[a] for a in np.atleast_1d(axis)])
         big = self.size().sum(axis=axis, keepdims=True)
-        return Ball(self.v.sum(axis=axis, keepdims=True), self.e.sum(axis=axis, keepdims=True) + n * self.u / (1 - n * self.u) * big, self.u)
+        error = self.e.sum(axis=axis, keepdims=True) + n * self.u / (1 - n * self.u) * big
+        return Ball(self.v.sum(axis=axis, keepdims=True), error, self.u)
 
     def map(self, f):
         return Ball(f(self.v), f(self.e), self.u)
@@ -208,7 +209,8 @@ def test_layer_norm_is_its_equation_and_its_backward_the_transpose(seed, dtype, 
         grads = layers.layer_norm_backward(dout, residuals)
     assert out.dtype == dtype and [(g.shape, g.dtype) for g in grads] == [(a.shape, dtype) for a in (x, w, b)]
     expected = [layer_norm_oracle(*(a.astype(REAL) for a in (x, w, b))), *gradients(layer_norm_oracle, (x, w, b), dout)]
-    for actual, value, budget, what in zip((out, *grads), expected, layer_norm_budget(x, w, b, dout), ("out", "dx", "dw", "db"), strict=True):
+    budgets = layer_norm_budget(x, w, b, dout)
+    for actual, value, budget, what in zip((out, *grads), expected, budgets, ("out", "dx", "dw", "db"), strict=True):
         within(actual, value, budget, what)
 
 
@@ -347,8 +349,8 @@ def test_feed_forward_is_its_equation_and_its_backward_the_transpose(seed, dtype
     inner = X @ A + b
     y, slope = gelu_budget(inner) if activation == "gelu" else (inner, Ball(inner.v > 0, 0.0, X.u))
     dinner = (D @ C.map(np.transpose)) * slope
-    budgets = [(dinner @ A.map(np.transpose)).map(lambda a: a.reshape(x.shape)), X.map(np.transpose) @ dinner, dinner.sum(0).map(lambda a: a[0]),
-               y.map(np.transpose) @ D, D.sum(0).map(lambda a: a[0])]
+    budgets = [(dinner @ A.map(np.transpose)).map(lambda a: a.reshape(x.shape)), X.map(np.transpose) @ dinner,
+               dinner.sum(0).map(lambda a: a[0]), y.map(np.transpose) @ D, D.sum(0).map(lambda a: a[0])]
     within(out, oracle(*(a.astype(REAL) for a in args)), (y @ C + d).map(lambda a: a.reshape(x.shape)), "out")
     for actual, expected, budget, what in zip((dx, *(grads[key] for key in shapes)), gradients(oracle, args, dout), budgets,
                                               ("dx", *shapes), strict=True):
@@ -404,7 +406,7 @@ def attention_budget(x, params, dout, heads, attention, causal, lengths):
         q, k, v = split(X @ wq + bq), split(X @ wk + bk), split(X @ wv + bv)
         see = Ball(np.tri(n) if causal else np.ones((n, n)), 0.0, X.u)
         if attention == "linear":
-            phi = lambda a: Ball(np.where(a.v > 0, a.v + 1, np.exp(np.minimum(a.v, 0))), (a.e + 8 * a.u) * np.exp(np.minimum(a.size(), 1)) * 2, a.u)
+            phi = lambda a: Ball(np.where(a.v > 0, a.v + 1, np.exp(np.minimum(a.v, 0))), a.e * 2 + 8 * a.u * (a.size() + 1), a.u)
             slope = lambda a: Ball(np.where(a.v > 0, 1, np.exp(np.minimum(a.v, 0))), (a.e + 8 * a.u) * 3, a.u)
             fq, fk = phi(q), phi(k)
             A = (fq @ T(fk)) * see
@@ -490,7 +492,8 @@ def test_the_steps_and_the_prefill_are_the_causal_form(seed, dtype, attention, N
     out, state = layers.attention_prefill(params, "a", x[:, :at], **options)
     within(out, expected[:, :at], Ball(bound[:, :at], bound[:, :at], unit_roundoff(dtype)), "prefill")
     first = layers.attention_init((2,), E, dtype, **options)
-    for state, begin in ((state, at), (first, 0), (None, 0)):
+    for start, begin in ((state, at), (first, 0), (None, 0)):
+        state = start
         for i in range(begin, N):
             kept = [np.copy(a) for a in state if isinstance(a, np.ndarray)] if state is not None else []
             out_t, after = layers.attention_step(params, "a", x[:, i], state, **options)
@@ -517,11 +520,12 @@ def test_half_precision_attention_is_that_of_single_up_to_its_rounding(rng):
 # --- words -------------------------------------------------------------------------------------------------------------------------------
 
 ones = np.ones
-PARAMS = {f"a.{part}.{kind}": ones((4, 4) if kind == "weight" else 4) for part in ("query", "key", "value", "out") for kind in ("weight", "bias")}
+PARAMS = {key: ones((4, 4) if key.endswith("weight") else 4) for key in PARTS}
 
 
 @pytest.mark.parametrize(("call", "error", "words"), [
-    (lambda: layers.affine_forward(ones((2, 8)), ones((4, 3)), ones(3)), ValueError, r"weight: expected \(E, F\) = \(8, \*\), got \(4, 3\)"),
+    (lambda: layers.affine_forward(ones((2, 8)), ones((4, 3)), ones(3)),
+     ValueError, r"weight: expected \(E, F\) = \(8, \*\), got \(4, 3\)"),
     (lambda: layers.affine_forward(ones((2, 4)), ones((4, 3)), ones(4)), ValueError, r"bias: expected \(F,\) = \(3,\), got \(4,\)"),
     (lambda: layers.affine_forward(ones((2, 4)), ones((4, 3), "f4"), ones(3)), TypeError, "x is float64 and weight is float32"),
     (lambda: layers.affine_forward(ones(()), ones((4, 3)), ones(3)), ValueError, r"x: expected \(\.\.\., E\), got \(\)"),
@@ -534,12 +538,16 @@ PARAMS = {f"a.{part}.{kind}": ones((4, 4) if kind == "weight" else 4) for part i
     (lambda: layers.embedding_forward(np.array([1.0]), ones((4, 3))), TypeError, "tokens: expected integers, got float64"),
     (lambda: layers.embedding_forward(np.array([-1, 3]), ones((4, 3))), ValueError, "0 ≤ token < V = 4, got values from -1 to 3"),
     (lambda: layers.embedding_forward(np.array([0, 4]), ones((4, 3))), ValueError, "got values from 0 to 4"),
-    (lambda: layers.positions_forward(ones((3, 2)), ones((4, 2)), start=2), ValueError, "at most length = 4 positions, got positions up to 5"),
+    (lambda: layers.positions_forward(ones((3, 2)), ones((4, 2)), start=2),
+     ValueError, "at most length = 4 positions, got positions up to 5"),
     (lambda: layers.feed_forward_forward({}, "f", ones((3, 2))), ValueError, "params: expected a key 'f.in.weight', found none"),
-    (lambda: layers.feed_forward_forward({}, "f", ones((3, 2)), activation="elu"), ValueError, "activation: expected 'gelu' or 'relu', got 'elu'"),
+    (lambda: layers.feed_forward_forward({}, "f", ones((3, 2)), activation="elu"),
+     ValueError, "activation: expected 'gelu' or 'relu', got 'elu'"),
     (lambda: layers.attention_forward(PARAMS, "a", ones((3, 4)), heads=3), ValueError, "heads: expected a divisor of E = 4, got 3"),
-    (lambda: layers.attention_forward(PARAMS, "a", ones((3, 4)), heads=2, attention="lsh"), ValueError, "attention: expected 'linear' or 'softmax'"),
-    (lambda: layers.attention_forward(PARAMS, "a", ones((2, 3, 4)), heads=2, lengths=np.array([1, 4])), ValueError, "lengths: expected 0 ≤ length ≤ N = 3"),
+    (lambda: layers.attention_forward(PARAMS, "a", ones((3, 4)), heads=2, attention="lsh"),
+     ValueError, "attention: expected 'linear' or 'softmax'"),
+    (lambda: layers.attention_forward(PARAMS, "a", ones((2, 3, 4)), heads=2, lengths=np.array([1, 4])),
+     ValueError, "lengths: expected 0 ≤ length ≤ N = 3"),
 ], ids=lambda x: x if isinstance(x, str) else "")
 def test_what_is_wrong_is_said(call, error, words):
     with pytest.raises(error, match=words):

@@ -165,14 +165,17 @@ P, G = {"w": np.ones(2)}, {"w": np.ones(2)}
 
 
 @pytest.mark.parametrize(("call", "error", "words"), [
-    (lambda: optim.adam_step(P, {"v": np.ones(2)}, optim.adam_init(P), learning_rate=0.1), ValueError, "grads: expected the keys of params"),
+    (lambda: optim.adam_step(P, {"v": np.ones(2)}, optim.adam_init(P), learning_rate=0.1),
+     ValueError, "grads: expected the keys of params"),
     (lambda: optim.adam_step(P, {"w": np.ones(3)}, optim.adam_init(P), learning_rate=0.1), ValueError,
      r"grads\['w'\]: expected the shape of params\['w'\] = \(2,\), got \(3,\)"),
     (lambda: optim.adam_step(P, {"w": np.ones(2, "f4")}, optim.adam_init(P), learning_rate=0.1), TypeError, r"params\['w'\] is float64"),
     (lambda: optim.adam_step(P, G, optim.adam_init({"w": np.ones(3)}), learning_rate=0.1), ValueError, r"slots\['w'\]: expected the shape"),
-    (lambda: optim.adam_step(P, G, optim.adam_init(P), learning_rate=-0.1), ValueError, "learning_rate: expected a finite number ≥ 0, got -0.1"),
+    (lambda: optim.adam_step(P, G, optim.adam_init(P), learning_rate=-0.1),
+     ValueError, "learning_rate: expected a finite number ≥ 0, got -0.1"),
     (lambda: optim.adam_step(P, G, optim.adam_init(P), learning_rate=float("nan")), ValueError, "learning_rate"),
-    (lambda: optim.radam_step(P, G, optim.adam_init(P), learning_rate=0.1, beta2=1.0), ValueError, "beta2: expected 0 ≤ beta2 < 1, got 1.0"),
+    (lambda: optim.radam_step(P, G, optim.adam_init(P), learning_rate=0.1, beta2=1.0),
+     ValueError, "beta2: expected 0 ≤ beta2 < 1, got 1.0"),
     (lambda: optim.sgd_step(P, G, optim.sgd_init({}), learning_rate=0.1), ValueError, "slots: expected the keys of params"),
     (lambda: optim.clip_by_global_norm(G, 0), ValueError, "limit: expected a number > 0"),
     (lambda: optim.cosine_rate(-1, 1.0, 5), ValueError, "step: expected a step ≥ 0, got -1"),

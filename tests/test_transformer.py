@@ -136,7 +136,8 @@ def test_the_recurrent_twin_is_the_same_function(seed, config, N, at):
     prefix, state = transformer_prefill(params, tokens[:, :at], config)
     assert prefix.shape == (2, at, 7) and state.position == at
     assert np.abs(prefix - logits[:, :at]).max(initial=0) <= bound
-    for state, begin in ((state, at), (transformer_step_init(config, 2, np.float64), 0)):
+    for start, begin in ((state, at), (transformer_step_init(config, 2, np.float64), 0)):
+        state = start
         for i in range(begin, N):
             logits_t, state = transformer_step(params, tokens[:, i], state, config)
             assert np.abs(logits_t - logits[:, i]).max() <= bound
@@ -280,7 +281,8 @@ TOKENS = np.array([[1, 2, 3]])
     (lambda: transformer_shapes(GOOD._replace(heads=3)), ValueError, "heads: expected a divisor of width = 4, got 3"),
     (lambda: transformer_shapes(GOOD._replace(norm="rms")), ValueError, "norm: expected 'pre' or 'post', got 'rms'"),
     (lambda: transformer_shapes(GOOD._replace(attention="lsh")), ValueError, "attention: expected 'linear' or 'softmax', got 'lsh'"),
-    (lambda: transformer_forward(PARAMS, TOKENS, GOOD._replace(layers=2)), ValueError, "params: expected the keys of this configuration, got 16 missing"),
+    (lambda: transformer_forward(PARAMS, TOKENS, GOOD._replace(layers=2)),
+     ValueError, "params: expected the keys of this configuration, got 16 missing"),
     (lambda: transformer_forward(PARAMS, TOKENS, GOOD._replace(feed_forward=6)), ValueError, "feed_forward.in.weight"),
     (lambda: transformer_forward({**PARAMS, "head.bias": np.zeros(7)}, TOKENS, GOOD), TypeError, "head.bias is float64"),
     (lambda: transformer_forward(PARAMS, TOKENS + 4, GOOD), ValueError, "tokens: expected 0 ≤ token < V = 7, got values from 5 to 7"),
@@ -288,9 +290,12 @@ TOKENS = np.array([[1, 2, 3]])
     (lambda: transformer_forward(PARAMS, np.array(1), GOOD), ValueError, r"tokens: expected \(\.\.\., N\), got \(\)"),
     (lambda: transformer_forward(PARAMS, np.ones((1, 7), int), GOOD), ValueError, "at most length = 6 positions, got positions up to 7"),
     (lambda: transformer_forward(PARAMS, TOKENS, GOOD, lengths=np.array([4])), ValueError, "lengths: expected 0 ≤ length ≤ N = 3"),
-    (lambda: transformer_prefill(PARAMS, TOKENS, GOOD._replace(causal=False)), ValueError, "config: expected causal=True, got causal=False"),
-    (lambda: transformer_step(PARAMS, TOKENS[:, 0], transformer_step_init(GOOD._replace(layers=2), 1), GOOD), ValueError, "layers = 1 layers, got 2"),
-    (lambda: transformer_backward(np.zeros((1, 3, 8), "f4"), transformer_forward(PARAMS, TOKENS, GOOD)[1]), ValueError, r"\(1, 3, 7\), got \(1, 3, 8\)"),
+    (lambda: transformer_prefill(PARAMS, TOKENS, GOOD._replace(causal=False)),
+     ValueError, "config: expected causal=True, got causal=False"),
+    (lambda: transformer_step(PARAMS, TOKENS[:, 0], transformer_step_init(GOOD._replace(layers=2), 1), GOOD),
+     ValueError, "layers = 1 layers, got 2"),
+    (lambda: transformer_backward(np.zeros((1, 3, 8), "f4"), transformer_forward(PARAMS, TOKENS, GOOD)[1]),
+     ValueError, r"\(1, 3, 7\), got \(1, 3, 8\)"),
 ])
 def test_what_is_wrong_is_said(call, error, words):
     with pytest.raises(error, match=words):
