@@ -235,6 +235,20 @@ def test_neighbourhoods_are_the_pixels_around() -> None:
     np.testing.assert_array_equal(square[0, 0, 0], [0, 0, 0, 0, 0, 1, 0, 8, 9])
 
 
+def test_the_model_and_its_recurrent_twin_are_compared_pixel_by_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, images, right = demo.train_init(TINY, 1).params, some_images(3), demo.transformer_step
+    apart, rounding = demo.twins(params, TINY.config(), images)
+    assert rounding > 0
+    assert demo.twins({name: x.astype(np.float64) for name, x in params.items()}, TINY.config(), images)[1] == 0
+
+    def late(params: Any, token: Any, state: Any, config: Any) -> Any:
+        logits, new = right(params, token, state, config)
+        return logits + np.float32(state.position == demo.PIXELS - 1), new
+
+    monkeypatch.setattr(demo, "transformer_step", late)
+    assert 1 - 2 * apart <= demo.twins(params, TINY.config(), images)[0] <= 1 + 2 * apart < 1.5
+
+
 # --- the picture -------------------------------------------------------------------------------------------------------------------------
 
 def test_a_mosaic_shows_every_image_in_its_place() -> None:
