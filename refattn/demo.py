@@ -425,7 +425,7 @@ def twins(params: Params, config: Config, images: np.ndarray) -> tuple[float, fl
     tokens = shift(images)
     parallel, _ = transformer_forward(params, tokens, config)
     exact, _ = transformer_forward({name: x.astype(np.float64) for name, x in params.items()}, tokens, config)
-    state, apart = transformer_step_init(config, len(images)), 0.0
+    state, apart = transformer_step_init(config, len(images), parallel.dtype), 0.0
     for i in range(PIXELS):
         logits, state = transformer_step(params, tokens[:, i], state, config)
         apart = max(apart, float(np.abs(logits - parallel[:, i]).max()))
