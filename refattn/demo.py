@@ -359,7 +359,7 @@ def training_load(path: str, plan: Plan) -> Training:
 
 
 def train(path: str, plan: Plan, scans: Scans, state: Training) -> Training:
-    """From `state` to the last update of the plan, saving to `path` every few seconds and at the end."""
+    """From `state` to the last update of the plan, saving to `path` every few seconds, at the end and when interrupted."""
     from tqdm import tqdm
 
     _say(f"   {'update':>6}  {'seconds':>7}  {'training':>8}  {'held out':>8}   bits per pixel")
@@ -371,22 +371,27 @@ def train(path: str, plan: Plan, scans: Scans, state: Training) -> Training:
     saved = time.perf_counter()
     loss = None
     with tqdm(total=plan.updates, initial=state.update, desc="   training", unit="update", disable=None, leave=False) as bar:
-        while state.update < plan.updates:
-            start = time.perf_counter()
-            state, now = train_step(state, scans.train, scans.train_digit, plan)
-            state = state._replace(seconds=state.seconds + time.perf_counter() - start)
-            loss = now if loss is None else 0.95 * loss + 0.05 * now
-            bar.set_postfix_str(f"{loss:.3f} bits per pixel", refresh=False)
-            bar.update()
-            if state.update in shown:
-                seen, held_out = (bits_per_pixel(state.params, x, plan.config()) for x in (scans.train[:HELD_OUT], scans.test))
-                row = {"update": state.update, "seconds": state.seconds, "training": seen, "held out": held_out}
-                state = state._replace(history=[*state.history, row])
-                with tqdm.external_write_mode():
-                    _say(_history_row(row))
-            if time.perf_counter() - saved > CHECKPOINT_SECONDS or state.update == plan.updates:
-                training_save(path, state, plan)
-                saved = time.perf_counter()
+        try:
+            while state.update < plan.updates:
+                start = time.perf_counter()
+                new, now = train_step(state, scans.train, scans.train_digit, plan)
+                new = new._replace(seconds=new.seconds + time.perf_counter() - start)
+                loss = now if loss is None else 0.95 * loss + 0.05 * now
+                bar.set_postfix_str(f"{loss:.3f} bits per pixel", refresh=False)
+                bar.update()
+                if new.update in shown:
+                    seen, held_out = (bits_per_pixel(new.params, x, plan.config()) for x in (scans.train[:HELD_OUT], scans.test))
+                    row = {"update": new.update, "seconds": new.seconds, "training": seen, "held out": held_out}
+                    new = new._replace(history=[*new.history, row])
+                    with tqdm.external_write_mode():
+                        _say(_history_row(row))
+                state = new
+                if time.perf_counter() - saved > CHECKPOINT_SECONDS or state.update == plan.updates:
+                    training_save(path, state, plan)
+                    saved = time.perf_counter()
+        except KeyboardInterrupt:           # `state` is whole at any moment: the update that was cut short is not in it
+            training_save(path, state, plan)
+            raise
     return state
 
 

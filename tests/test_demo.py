@@ -310,13 +310,28 @@ def test_an_unfit_folder_is_refused_with_words(tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == b"torn"
 
 
-def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(*arguments: Any) -> Any:
-        raise KeyboardInterrupt
+def test_an_interrupt_keeps_what_was_learnt_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    right, calls = demo.bits_per_pixel, []
 
-    monkeypatch.setattr(demo, "train", interrupted)
-    assert demo.main(["--smoke", "--out", str(tmp_path)]) == 130
-    assert "the same command goes on from" in capsys.readouterr().err
+    def interrupted(*arguments: Any) -> float:
+        calls.append(1)
+        if len(calls) == 4:                                          # the second half of the second row of the table
+            raise KeyboardInterrupt
+        return right(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "bits_per_pixel", interrupted)
+        assert demo.main(["--smoke", "--out", str(tmp_path / "a")]) == 130
+    assert f"the same command goes on from {tmp_path / 'a'}" in capsys.readouterr().err
+    plan = Plan(0, updates=12, batch=20, warm_up=2, width=16, heads=2, layers=2)
+    scans, paths = demo.digits_load(), [tmp_path / name / "checkpoint.safetensors" for name in "ab"]
+    state = demo.training_load(paths[0], plan)
+    assert (state.update, [row["update"] for row in state.history]) == (2, [2])
+    paths[1].parent.mkdir()
+    one, other = (demo.train(path, plan, scans, start) for path, start in zip(paths, (state, demo.train_init(plan, len(scans.train)))))
+    assert_same_training(one, other)
+    assert [row | {"seconds": 0} for row in one.history] == [row | {"seconds": 0} for row in other.history]
 
 
 @pytest.mark.parametrize("arguments", [["--minutes", "0"], ["--minutes", "nan"], ["--minutes", "soon"], ["--seed", "-1"], ["--bogus"]])
