@@ -186,8 +186,8 @@ def running_product(read_q: Reader, read_k: Reader, read_v: Reader, store: Store
     """o_i = Sᵀ q_i + Σ_{j≤i} (q_i·k_j) v_j for a stack of heads, and S ← S + Σ_j k_j v_jᵀ in place. The CPU path's one loop.
 
     Inside a chunk the sum is a masked product A V with A = tril(Q Kᵀ); all that came before it is one matrix S. Both are one product,
-    [A | Q] [V; S]: Q and A stand side by side in one buffer, V and S one above the other in another. A few chunks are worked on at a time,
-    as many as the second-level cache holds: each NumPy call is then long enough that two threads seldom meet at the interpreter's lock.
+    [A | Q] [V; S]: Q and A stand side by side in one buffer, V and S one above the other in another. Some chunks are worked on at a time,
+    as many as BUFFER_BYTES hold: each NumPy call is then long enough that two threads seldom meet at the interpreter's lock.
 
     `size` = (heads, Gq, Gk, N, N): Gq queries and Gk keys stand at each position. `reverse` walks from the last position to the first
     and sums over j ≥ i. The readers fill buffers (heads, G, chunks, rows, width): φ, a column of ones or a cast need no array of N rows.
@@ -207,14 +207,27 @@ def running_product(read_q: Reader, read_k: Reader, read_v: Reader, store: Store
         read_k(rows, into_k)
         read_v(rows, into_v)
         np.matmul(K.mT, V, out=own)
-        for t in range(T)[::-1] if reverse else range(T):
-            before[:, t] = run
-            np.add(run, own[:, t], out=run)
+        _states_before(own, run, before, reverse)
         np.matmul(Q, K.mT, out=A)
         np.copyto(A, 0, where=hidden)                          # not a product with 0: a hidden score may have overflowed
         np.matmul(AQ, VS, out=O)
         store(rows, outputs)
     S[...] = run
+
+
+def _states_before(own: np.ndarray, run: np.ndarray, before: np.ndarray, reverse: bool) -> None:
+    """What precedes each chunk, from the chunks' own Kᵀ V (heads, T, D, M): an exclusive running sum that starts from `run`, which becomes
+    the sum of all. log₂ T additions of all chunks at once rather than T of one: longer calls, and shorter chains of roundings."""
+    if reverse:
+        own, before = own[:, ::-1], before[:, ::-1]
+    T = own.shape[1]
+    before[:, 0] = run
+    before[:, 1:] = own[:, :-1]
+    step = 1
+    while step < T:
+        before[:, step:] += before[:, :-step]                  # the right side is read as it was, NumPy sees to that
+        step *= 2
+    np.add(before[:, -1], own[:, -1], out=run)
 
 
 def _chunk_blocks(n: int, C: int, T: int, reverse: bool) -> Iterator[tuple[slice, int, int]]:
