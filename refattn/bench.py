@@ -26,6 +26,7 @@ from .testing.budgets import gamma, worst_ratio
 
 Contest = dict[str, Callable[[], Any]]
 WIDTH = 14    # of a table's column
+SETTLE = 0.05
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -284,13 +285,15 @@ def _check(name: str, ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], 
 
 
 def _medians(contest: Contest, seconds: float) -> dict[str, float]:
-    """Median time of each, all taking turns, for about `seconds` each but at least 3 rounds."""
+    """Median time of each, for about `seconds` each: they take turns of three runs, after runs that are not counted, since the threads
+    of the one before (OpenBLAS, OpenMP) go on spinning for some 30 ms."""
     times: dict[str, list[float]] = {name: [] for name in contest}
-    for f in contest.values():
-        f()
     while any(len(t) < 3 or sum(t) < seconds and len(t) < 1000 for t in times.values()):
         for name, f in contest.items():
-            if len(times[name]) < 3 or sum(times[name]) < seconds:
+            start = time.perf_counter()
+            while time.perf_counter() - start < SETTLE * (seconds > SETTLE):
+                f()
+            for _ in range(3):
                 start = time.perf_counter()
                 f()
                 times[name].append(time.perf_counter() - start)

@@ -217,17 +217,12 @@ def running_product(read_q: Reader, read_k: Reader, read_v: Reader, store: Store
 
 def _states_before(own: np.ndarray, run: np.ndarray, before: np.ndarray, reverse: bool) -> None:
     """What precedes each chunk, from the chunks' own Kᵀ V (heads, T, D, M): an exclusive running sum that starts from `run`, which becomes
-    the sum of all. log₂ T additions of all chunks at once rather than T of one: longer calls, and shorter chains of roundings."""
-    if reverse:
-        own, before = own[:, ::-1], before[:, ::-1]
-    T = own.shape[1]
-    before[:, 0] = run
-    before[:, 1:] = own[:, :-1]
-    step = 1
-    while step < T:
-        before[:, step:] += before[:, :-step]                  # the right side is read as it was, NumPy sees to that
-        step *= 2
-    np.add(before[:, -1], own[:, -1], out=run)
+    the sum of all."""
+    order = range(own.shape[1])[::-1] if reverse else range(own.shape[1])
+    before[:, order[0]] = run
+    for t, after in zip(order[:-1], order[1:], strict=True):
+        np.add(before[:, t], own[:, t], out=before[:, after])
+    np.add(before[:, order[-1]], own[:, order[-1]], out=run)
 
 
 def _chunk_blocks(n: int, C: int, T: int, reverse: bool) -> Iterator[tuple[slice, int, int]]:

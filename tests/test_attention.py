@@ -352,9 +352,9 @@ def test_extra_memory_does_not_grow_with_the_sequence(f, options, rng):
             tracemalloc.stop()
 
     peaks = []
-    for N in (2**12, 2**15):
+    for N in (2**14, 2**17):
         q, k, v, dout = (rng.standard_normal((1, N, 16)).astype(np.float32) for _ in range(4))
         pull = vjp(f, q, k, v, **options)[1]
         peaks.append((peak(lambda q=q, k=k, v=v: f(q, k, v, **options)), peak(lambda pull=pull, dout=dout: pull(dout))))
     for short, long in zip(*peaks, strict=True):
-        assert long <= short + 2**16 < 2**22, peaks               # 64 KiB for Python's own objects; one number per row is 128
+        assert long <= short + 2**16 < 2**23, peaks               # 64 KiB for Python's own objects; one number per row would be 512
