@@ -26,7 +26,7 @@ from .testing.budgets import gamma, worst_ratio
 
 Contest = dict[str, Callable[[], Any]]
 WIDTH = 14    # of a table's column
-SETTLE = 0.05
+SETTLE = 0.15
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -285,15 +285,15 @@ def _check(name: str, ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], 
 
 
 def _medians(contest: Contest, seconds: float) -> dict[str, float]:
-    """Median time of each, for about `seconds` each: they take turns of three runs, after runs that are not counted, since the threads
-    of the one before (OpenBLAS, OpenMP) go on spinning for some 30 ms."""
+    """Median time of each, for about `seconds` each: they take turns of five runs, after runs that are not counted, since the threads
+    of the one before (OpenBLAS, OpenMP) go on spinning for some 100 ms."""
     times: dict[str, list[float]] = {name: [] for name in contest}
     while any(len(t) < 3 or sum(t) < seconds and len(t) < 1000 for t in times.values()):
         for name, f in contest.items():
             start = time.perf_counter()
             while time.perf_counter() - start < SETTLE * (seconds > SETTLE):
                 f()
-            for _ in range(3):
+            for _ in range(5):
                 start = time.perf_counter()
                 f()
                 times[name].append(time.perf_counter() - start)

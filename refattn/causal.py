@@ -194,11 +194,16 @@ def running_product(read_q: Reader, read_k: Reader, read_v: Reader, store: Store
     """
     heads, gq, gk, n, _ = size
     D, M = S.shape[-2:]
-    run, shape = S.copy(), (0, 0)
-    for rows, T, C in _chunk_blocks(n, chunk, _chunks_at_once(heads, gq, gk, chunk, D, M, S.itemsize), reverse):
+    at_once = _chunks_at_once(heads, gq, gk, chunk, D, M, S.itemsize)
+
+    def buffers(T: int, C: int) -> list[np.ndarray]:
+        shapes = (gq * C, gk * C + D), (gk * C + D, M), (gk * C, D), (gq * C, M), (D, M)
+        return [np.empty((heads, T, *shape), S.dtype) for shape in shapes]
+
+    whole, run, shape = buffers(min(at_once, n // chunk), chunk), S.copy(), (0, 0)
+    for rows, T, C in _chunk_blocks(n, chunk, at_once, reverse):
         if shape != (T, C):
-            AQ, VS = np.empty((heads, T, gq * C, gk * C + D), S.dtype), np.empty((heads, T, gk * C + D, M), S.dtype)
-            K, O, own = (np.empty((heads, T, a, b), S.dtype) for a, b in ((gk * C, D), (gq * C, M), (D, M)))
+            AQ, VS, K, O, own = (x[:, :T] for x in whole) if C == chunk else buffers(T, C)
             A, Q, V, before = AQ[..., : gk * C], AQ[..., gk * C:], VS[..., : gk * C, :], VS[..., gk * C:, :]
             into_q, into_k, into_v, outputs = (_positions(x, C) for x in (Q, K, V, O))
             i, j = np.tile(np.arange(C), gq)[:, None], np.tile(np.arange(C), gk)
