@@ -121,7 +121,7 @@ def _one_blas_thread() -> Iterator[int]:
         if _guests == 0:
             controller = _controller()
             blas = [lib.num_threads for lib in controller.lib_controllers if lib.user_api == "blas"]
-            _allowed = min(max(blas, default=1), _cores())
+            _allowed = min(max(blas, default=1), cores())
             _limiter = controller.limit(limits=1, user_api="blas")
         _guests += 1
         threads = _allowed
@@ -134,7 +134,7 @@ def _one_blas_thread() -> Iterator[int]:
                 _limiter.restore_original_limits()
 
 
-def _cores() -> int:
+def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from . import causal_linear_attention, causal_linear_attention_step, recurrence, vjp
-from ._blocks import _cores
+from ._blocks import cores
 from .causal import causal_chunked_backward, causal_chunked_forward
 from .testing.budgets import gamma, worst_ratio
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.smoke:
         args.lengths, args.features, args.seconds, args.heads = [64, 128], [8], 0.01, 2
     peers = _peers()
-    print(f"{_processor()}, {_cores()} cores, Python {platform.python_version()}, NumPy {np.__version__}; "
+    print(f"{_processor()}, {cores()} cores, Python {platform.python_version()}, NumPy {np.__version__}; "
           f"peers: {', '.join(peers) or 'none installed'}; float32, B·H = {args.heads}; {time.strftime('%Y-%m-%d')}")
     figures: dict[str, Any] = {"chunks": _chunk_table(args)} if args.chunks else {
         "products": _product_table(args, peers), "attention": _attention_table(args, peers), "growth": _growth_table(args),
@@ -192,7 +192,7 @@ def _peers() -> dict[str, Any]:
     found: dict[str, Any] = {}
     try:
         import torch
-        torch.set_num_threads(_cores())
+        torch.set_num_threads(cores())
         found["torch"] = torch
         import fast_transformers.attention.causal_linear_attention
         import fast_transformers.causal_product

@@ -25,6 +25,7 @@ import numpy as np
 
 from . import oracle
 from ._array import missing_extra
+from ._blocks import cores
 from .attention import causal_linear_attention, causal_linear_attention_step, linear_attention
 from .causal import (causal_chunked_backward, causal_chunked_forward, causal_masked_backward, causal_masked_forward, causal_scan_backward,
                      causal_scan_forward, causal_step)
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def demo(out: str, checkpoint: str, plan: Plan, scans: Scans, start: Training, *, few: bool = False) -> None:
     """All four parts, printed as they come; the picture goes to the folder `out`. `few`: less to draw and to time."""
-    _say(f"refattn demo: NumPy {np.__version__}, {_cores()} cores, seed {plan.seed}, folder {out}")
+    _say(f"refattn demo: NumPy {np.__version__}, {cores()} cores, seed {plan.seed}, folder {out}")
     _say(f"\n{len(scans.train) + len(scans.test):,} handwritten digits, {SIDE} × {SIDE} pixels of {LEVELS} levels of ink: "
          f"{len(scans.train):,} to learn from, {len(scans.test)} held out")
 
@@ -144,10 +145,6 @@ def _minutes(text: str) -> float:
     if not 0 < minutes < math.inf:
         raise argparse.ArgumentTypeError(f"expected a positive number of minutes, got {text}")
     return minutes
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # --- the data --------------------------------------------------------------------------------------------------------------------------
