@@ -22,7 +22,7 @@ Reader = Callable[[slice, np.ndarray], object]
 # What one thread works on at a time. Half a second-level cache would be best for a thread alone; but each NumPy call takes the
 # interpreter's lock for a moment, and two threads with short calls wait for one another more than they work: 2^19 bytes made two threads
 # as slow as one, 2^21 made them 1.7 times as fast.
-BUFFER_BYTES = 1 << 21
+BUFFER_BYTES = 1 << 22
 HEADS_PER_STACK = 4
 FLOPS_WORTH_THREADS = 1 << 22
 

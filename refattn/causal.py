@@ -25,6 +25,7 @@ so every form needs one function, called once forward and three times backward.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
@@ -32,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from ._array import Array, accumulator, cast, check_positive, namespace, transposed
-from ._blocks import BUFFER_BYTES, Reader, blocks, over_heads, reader, split_groups, stacks
+from ._blocks import BUFFER_BYTES, HEADS_PER_STACK, Reader, blocks, cores, over_heads, reader, split_groups, stacks
 
 Residuals = tuple[Any, ...]
 Store = Callable[[slice, np.ndarray], None]
@@ -262,12 +263,13 @@ def sizes(Q: np.ndarray, K: np.ndarray) -> tuple[int, int, int, int, int]:
 
 
 def each_stack(work: Callable[..., None], S: np.ndarray, chunk: int, *arrays: np.ndarray | None) -> None:
-    """`work` on every stack of heads of `arrays`, the first of them q (..., H, G, N, D). Long sequences are taken head by head; of short
-    ones as many heads at a time as one thread's buffers hold."""
+    """`work` on every stack of heads of `arrays`, the first of them q (..., H, G, N, D): of short sequences as many heads at a time as one
+    thread's buffers hold; of long ones a thread's share, up to HEADS_PER_STACK, so that the running sum over chunks takes few NumPy calls."""
     D, M = S.shape[-2:]
     G, N = arrays[0].shape[-3:-1]                                                                          # type: ignore[union-attr]
-    most = _chunks_at_once(1, G, 1, chunk, D, M, S.itemsize) // max(-(-N // chunk), 1)
-    over_heads(work, list(stacks(S.shape[:-2], *arrays, most=max(most, 1))), 4.0 * S.size * G * N)
+    short = _chunks_at_once(1, G, 1, chunk, D, M, S.itemsize) // max(-(-N // chunk), 1)
+    long = min(HEADS_PER_STACK, -(-math.prod(S.shape[:-2]) // cores()))
+    over_heads(work, list(stacks(S.shape[:-2], *arrays, most=max(short, long, 1))), 4.0 * S.size * G * N)
 
 
 # --- scan: the chunked form without a loop ------------------------------------------------------------------------------------------
