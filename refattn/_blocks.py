@@ -19,9 +19,9 @@ import numpy as np
 Stack = list[Any]
 Reader = Callable[[slice, np.ndarray], object]
 
-# What one thread works on at a time. Half a second-level cache would be best for a thread alone; but each NumPy call takes the
-# interpreter's lock for a moment, and two threads with short calls wait for one another more than they work: 2^19 bytes made two threads
-# as slow as one, 2^21 made them 1.7 times as fast.
+# What one thread works on at a time. A second-level cache holds less; but each NumPy call takes the interpreter's lock for a moment, and
+# two threads with short calls wait for one another more than they work: 2^20 bytes made two threads hardly faster than one, 2^22 made
+# them 1.6 to 1.9 times as fast, 2^23 no faster.
 BUFFER_BYTES = 1 << 22
 HEADS_PER_STACK = 4
 FLOPS_WORTH_THREADS = 1 << 22

@@ -11,7 +11,10 @@
     G_i = [ do_i / (den_i + ε)  |  -(do_i · out_i) / (den_i + ε) ]
     dφ(q), dφ(k), [dv | ·], [dS_0 | dz_0] = the transpose of f at G         then dq = φ'(q)ᵀ dφ(q), dk = φ'(k)ᵀ dφ(k)
 
-f is `causal.running_product` or `linear.full_product`; both are closed under their own transpose, so the same lines serve both.
+f is `causal.running_product` or `linear.full_product`; both are closed under their own transpose, so the same lines serve both: with
+S the running sum of φ(k) [v | 1]ᵀ and R that of φ(q) Gᵀ from behind,
+
+    den = the last column of Sᵀ φ(q)     dφ(q) = S G     dv = Rᵀ φ(k)     dφ(k) = R [v | 1]     [dS_0 | dz_0] = R_1
 A denominator of exactly 0 (no keys at all, ε = 0) defines a row of zeros with zero gradients.
 """
 from __future__ import annotations
@@ -234,7 +237,7 @@ def attention_forward(product: Callable[..., None], q: np.ndarray, k: np.ndarray
     out, end = np.empty((*q.shape[:-1], v.shape[-1]), v.dtype), start.copy()
 
     def work(Q: Any, K: Any, V: Any, O: Any, S: Any, nq: Any, nk: Any) -> None:
-        product(_mapped(Q, phi, nq), _mapped(K, phi, nk), _with_ones(V, nk), _quotient(O, eps, nq), S, sizes(Q, K), chunk)
+        product(_mapped(K, phi, nk), _with_ones(V, nk), S, sizes(Q, K), chunk, out=(_mapped(Q, phi, nq), _quotient(O, eps, nq)))
 
     each_stack(work, end, chunk, view(q), view(k), view(v), view(out), end, *_views_of_lengths(query_lengths, key_lengths, k))
     return out, end
@@ -249,15 +252,14 @@ def attention_backward(product: Callable[..., None], dout: np.ndarray, dend: np.
     S, R = start.copy(), np.zeros_like(start) if dend is None else dend.copy()
 
     def work(Q: Any, K: Any, V: Any, O: Any, dO: Any, dQ: Any, dK: Any, dV: Any, S: Any, R: Any, nq: Any, nk: Any) -> None:
-        fq, fk, ones, V1 = _mapped(Q, phi, nq), _mapped(K, phi, nk), _ones(nk), _with_ones(V, nk)
+        fq, fk, V1 = _mapped(Q, phi, nq), _mapped(K, phi, nk), _with_ones(V, nk)
         # Two numbers a row, 1/(den + ε) and dden, wait where dv will stand: extra memory stays constant in N
         quotients = _scratch(dV, Q, acc)
-        z, Rt = S[..., -1:].copy(), R.mT.copy()
-        product(fq, fk, ones, _quotients(quotients, dO, O, eps, nq), z, sizes(Q, K), chunk)           # den = f(φ(q), φ(k), 1; z_0)
         G = _quotient_backward(dO, quotients, nq)
-        product(G, V1, fk, _unmapped(dQ, Q, phi, nq), S.mT, sizes(Q, K), chunk)                       # dφ(q) = f(G, [v|1], φ(k))
-        product(V1, G, fq, _unmapped(dK, K, phi, nk), Rt, sizes(K, Q), chunk, reverse=True)           # dφ(k) = rev f(…)
-        product(fk, fq, G, _first(dV), R, sizes(K, Q), chunk, reverse=True)                           # dv, [dS_0 | dz_0]
+        product(fk, V1, S, sizes(Q, K), chunk, columns=slice(-1, None), out=(fq, _quotients(quotients, dO, O, eps, nq)),   # den = zᵀ φ(q)
+                back=(G, _unmapped(dQ, Q, phi, nq)))                                                                       # dφ(q) = S G
+        product(fq, G, R, sizes(K, Q), chunk, out=(fk, _first(dV)),                                                       # dv = Rᵀ φ(k)
+                back=(V1, _unmapped(dK, K, phi, nk)), reverse=True)                                                       # dφ(k) = R [v|1]
 
     each_stack(work, S, chunk, view(q), view(k), view(v), view(out), view(dout), view(dq), view(dk), view(dv), S, R,
                *_views_of_lengths(query_lengths, key_lengths, k))

@@ -21,7 +21,8 @@ State  S (..., H, D, M): all that the past leaves behind; float32 for float16 an
     dv = rev f(rev k, rev q, rev do; dS_N)                dv_i = R_iᵀ k_i                                                (eq. 15)
     dS_0 = R_1: the state that the last of these sums ends with
 
-so every form needs one function, called once forward and three times backward.
+so every form is a sum of products k vᵀ that is read from two sides, Sᵀ q and S do: forward (q) over the writes (k, v), then backward
+(do) over the same writes, then from behind (k and v) over the writes (q, do).
 """
 from __future__ import annotations
 
@@ -37,6 +38,7 @@ from ._blocks import BUFFER_BYTES, HEADS_PER_STACK, Reader, blocks, cores, over_
 
 Residuals = tuple[Any, ...]
 Store = Callable[[slice, np.ndarray], None]
+Side = tuple[Reader, Store]    # what the running state is read with, and where the products go
 
 CHUNK = 32    # of 16, 32, 64, 128 the fastest from D = M = 32 to 128 in float32; see `python -m refattn bench --chunks`
 
@@ -127,7 +129,7 @@ def causal_chunked_forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, state: n
         end[...] = state
 
     def work(Q: Any, K: Any, V: Any, O: Any, S: Any) -> None:
-        running_product(reader(Q), reader(K), reader(V), writer(O), S, sizes(Q, K), chunk)
+        running_product(reader(K), reader(V), S, sizes(Q, K), chunk, out=(reader(Q), writer(O)))
 
     each_stack(work, end, chunk, Q, K, V, split_groups(out, heads, headed), end)
     return out, end, (q, k, v, state, chunk)
@@ -135,7 +137,7 @@ def causal_chunked_forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, state: n
 
 def causal_chunked_backward(dout: np.ndarray, dstate: np.ndarray | None,
                             residuals: Residuals) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Transpose of `causal_chunked_forward`: the same sum three times, by its closure (eq. 13-15; see the top of this file).
+    """Transpose of `causal_chunked_forward`: the same sum once forward and once from behind (eq. 13-15; see the top of this file).
 
     The states run once more instead of being stored: constant extra memory in N.
 
@@ -152,7 +154,7 @@ def causal_chunked_backward(dout: np.ndarray, dstate: np.ndarray | None,
 
     Notes
     -----
-    Three times the forward's flops; the forward's extra memory.
+    10·N·D·M + 6·N·C·(D + M) flops a head: two running sums, three readings; twice the forward's extra memory.
 
     >>> q = k = v = np.ones((3, 1)); *_, residuals = causal_chunked_forward(q, k, v, chunk=2)
     >>> dq, dk, dv, dstate = causal_chunked_backward(np.array([[1.], [0.], [2.]]), None, residuals)
@@ -170,10 +172,10 @@ def causal_chunked_backward(dout: np.ndarray, dstate: np.ndarray | None,
         R[...] = dstate
 
     def work(Q: Any, K: Any, V: Any, dO: Any, dQ: Any, dK: Any, dV: Any, S: Any, R: Any) -> None:
-        Rt = R.mT.copy()
-        running_product(reader(dO), reader(V), reader(K), writer(dQ), S.mT, sizes(Q, K), chunk)                       # dq = f(do, v, k)
-        running_product(reader(V), reader(dO), reader(Q), writer(dK), Rt, sizes(K, Q), chunk, reverse=True)           # dk
-        running_product(reader(K), reader(Q), reader(dO), writer(dV), R, sizes(K, Q), chunk, reverse=True)            # dv, dS_0
+        forward, behind = sizes(Q, K), sizes(K, Q)
+        running_product(reader(K), reader(V), S, forward, chunk, back=(reader(dO), writer(dQ)))                       # dq = S do
+        running_product(reader(Q), reader(dO), R, behind, chunk, out=(reader(K), writer(dV)),                         # dv = Rᵀ k
+                        back=(reader(V), writer(dK)), reverse=True)                                                   # dk = R v; dS_0
 
     def view(x: np.ndarray) -> np.ndarray:
         return split_groups(x, heads, headed)
@@ -182,42 +184,60 @@ def causal_chunked_backward(dout: np.ndarray, dstate: np.ndarray | None,
     return dq, dk, dv, R
 
 
-def running_product(read_q: Reader, read_k: Reader, read_v: Reader, store: Store, S: np.ndarray, size: tuple[int, int, int, int, int],
-                    chunk: int, reverse: bool = False) -> None:
-    """o_i = Sᵀ q_i + Σ_{j≤i} (q_i·k_j) v_j for a stack of heads, and S ← S + Σ_j k_j v_jᵀ in place. The CPU path's one loop.
+def running_product(read_k: Reader, read_v: Reader, S: np.ndarray, size: tuple[int, int, int, int, int], chunk: int, *,
+                    out: Side | None = None, back: Side | None = None, columns: slice = slice(None), reverse: bool = False) -> None:
+    """S ← S + Σ_j k_j v_jᵀ in place for a stack of heads, read on the way from one side or from both. The CPU path's one loop.
+
+        out  = (read_q, store):  S_iᵀ q_i = Sᵀ q_i + Σ_{j≤i} (q_i·k_j) v_j,  of which `columns` are wanted
+        back = (read_r, store):  S_i r_i  = S r_i  + Σ_{j≤i} (r_i·v_j) k_j
 
     Inside a chunk the sum is a masked product A V with A = tril(Q Kᵀ); all that came before it is one matrix S. Both are one product,
     [A | Q] [V; S]: Q and A stand side by side in one buffer, V and S one above the other in another. Some chunks are worked on at a time,
     as many as BUFFER_BYTES hold: each NumPy call is then long enough that two threads seldom meet at the interpreter's lock.
 
-    `size` = (heads, Gq, Gk, N, N): Gq queries and Gk keys stand at each position. `reverse` walks from the last position to the first
+    `size` = (heads, Gq, Gk, N, N): Gq readings and Gk writes stand at each position. `reverse` walks from the last position to the first
     and sums over j ≥ i. The readers fill buffers (heads, G, chunks, rows, width): φ, a column of ones or a cast need no array of N rows.
+    In each block k and v are read first, then q, and r when what `out` gives is stored.
     """
+    if out is None:
+        return running_product(read_v, read_k, S.mT, size, chunk, out=back, reverse=reverse)                  # S r = (Sᵀ)ᵀ r
+    read_q, store = out
     heads, gq, gk, n, _ = size
     D, M = S.shape[-2:]
     at_once = _chunks_at_once(heads, gq, gk, chunk, D, M, S.itemsize)
 
     def buffers(T: int, C: int) -> list[np.ndarray]:
-        shapes = (gq * C, gk * C + D), (gk * C + D, M), (gk * C, D), (gq * C, M), (D, M)
+        shapes = [(gq * C, gk * C + D), (gk * C + D, M), (gk * C, D), (gq * C, M), (D, M)]
+        shapes += [(gq * C, M), (gq * C, gk * C), (gq * C, D), (gq * C, D)] if back else []
         return [np.empty((heads, T, *shape), S.dtype) for shape in shapes]
 
     whole, run, shape = buffers(min(at_once, n // chunk), chunk), S.copy(), (0, 0)
     for rows, T, C in _chunk_blocks(n, chunk, at_once, reverse):
         if shape != (T, C):
-            AQ, VS, K, O, own = (x[:, :T] for x in whole) if C == chunk else buffers(T, C)
-            A, Q, V, before = AQ[..., : gk * C], AQ[..., gk * C:], VS[..., : gk * C, :], VS[..., gk * C:, :]
+            AQ, VS, K, O, own, *both = (x[:, :T] for x in whole) if C == chunk else buffers(T, C)
+            A, Q, V, before, O = AQ[..., : gk * C], AQ[..., gk * C:], VS[..., : gk * C, :], VS[..., gk * C:, :], O[..., columns]
             into_q, into_k, into_v, outputs = (_positions(x, C) for x in (Q, K, V, O))
             i, j = np.tile(np.arange(C), gq)[:, None], np.tile(np.arange(C), gk)
             hidden, shape = (j < i if reverse else j > i), (T, C)
-        read_q(rows, into_q)
         read_k(rows, into_k)
         read_v(rows, into_v)
         np.matmul(K.mT, V, out=own)
         _states_before(own, run, before, reverse)
+        read_q(rows, into_q)
         np.matmul(Q, K.mT, out=A)
         np.copyto(A, 0, where=hidden)                          # not a product with 0: a hidden score may have overflowed
-        np.matmul(AQ, VS, out=O)
+        np.matmul(AQ, VS[..., columns], out=O)
         store(rows, outputs)
+        if back:
+            X, B, P, inside = both
+            read_r, store_back = back
+            read_r(rows, _positions(X, C))
+            np.matmul(X, V.mT, out=B)
+            np.copyto(B, 0, where=hidden)
+            np.matmul(B, K, out=inside)
+            np.matmul(X, before.mT, out=P)
+            np.add(P, inside, out=P)
+            store_back(rows, _positions(P, C))
     S[...] = run
 
 

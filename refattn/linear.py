@@ -4,9 +4,9 @@
 
 No feature map and no normaliser: `attention` puts them around it. N queries and L keys need not be equally many.
 
-**Closed under its own transpose,** as the causal sum is: with f(q, k, v; S) for the outputs,
+**Closed under its own transpose,** as the causal sum is: with S = S_0 + Σ_j k_j v_jᵀ and R = dS + Σ_i q_i do_iᵀ,
 
-    dq = f(do, v, k; S_0ᵀ)      dk = f(v, do, q; dSᵀ)      dv = f(k, q, do; dS)      dS_0 = dS + Σ_i q_i do_iᵀ
+    dq_i = S do_i          dk_j = R v_j          dv_j = Rᵀ k_j          dS_0 = R
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from ._array import Array, transposed
 from ._blocks import Reader, blocks
-from .causal import Residuals, Store, _cotangent_state, _functional, _grouped, _like, _like_state, _over_group, _positions, _squeeze
+from .causal import Residuals, Side, _cotangent_state, _functional, _grouped, _like, _like_state, _over_group, _positions, _squeeze
 
 BLOCK = 256    # positions at a time; nothing here is quadratic in it
 
@@ -51,24 +51,26 @@ def linear_backward(dout: Array, dstate: Array | None, residuals: Residuals) -> 
     return _like(dq, q, xp), _like(dk, k, xp), _like(dv, v, xp), _like_state(R, state, xp)
 
 
-def full_product(read_q: Reader, read_k: Reader, read_v: Reader, store: Store, S: np.ndarray, size: tuple[int, int, int, int, int],
-                 chunk: int = BLOCK, reverse: bool = False) -> None:
-    """S ← S + Σ_j k_j v_jᵀ in place, then o_i = Sᵀ q_i, for a stack of heads: `causal.running_product` without the mask.
+def full_product(read_k: Reader, read_v: Reader, S: np.ndarray, size: tuple[int, int, int, int, int], chunk: int = BLOCK, *,
+                 out: Side | None = None, back: Side | None = None, columns: slice = slice(None), reverse: bool = False) -> None:
+    """S ← S + Σ_j k_j v_jᵀ in place, then Sᵀ q_i and S r_i, for a stack of heads: `causal.running_product` without the mask.
 
     `size` = (heads, Gq, Gk, N, L). The order of the positions (`reverse`) does not matter here.
     """
     heads, gq, gk, n, m = size
-    D, M = S.shape[-2:]
     own = np.empty_like(S)
+
+    def read(reader: Reader, rows: slice, groups: int, width: int) -> np.ndarray:
+        x = np.empty((heads, 1, groups * (rows.stop - rows.start), width), S.dtype)
+        reader(rows, _positions(x, rows.stop - rows.start))
+        return x
+
     for rows in blocks(m, chunk):
-        c = rows.stop - rows.start
-        K, V = np.empty((heads, 1, gk * c, D), S.dtype), np.empty((heads, 1, gk * c, M), S.dtype)
-        read_k(rows, _positions(K, c))
-        read_v(rows, _positions(V, c))
+        K, V = (read(x, rows, gk, width) for x, width in zip((read_k, read_v), S.shape[-2:], strict=True))
         np.matmul(K[:, 0].mT, V[:, 0], out=own)
         np.add(S, own, out=S)
     for rows in blocks(n, chunk):
-        c = rows.stop - rows.start
-        Q = np.empty((heads, 1, gq * c, D), S.dtype)
-        read_q(rows, _positions(Q, c))
-        store(rows, _positions(Q @ S[:, None], c))
+        for side, matrix in ((out, S[..., columns]), (back, S.mT)):
+            if side is not None:
+                x = read(side[0], rows, gq, matrix.shape[-2])
+                side[1](rows, _positions(x @ matrix[:, None], rows.stop - rows.start))
