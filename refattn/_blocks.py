@@ -33,15 +33,32 @@ def blocks(n: int, size: int, reverse: bool = False) -> Iterator[slice]:
     return (slice(i, min(i + size, n)) for i in (reversed(starts) if reverse else starts))
 
 
-def stacks(lead: tuple[int, ...], *arrays: np.ndarray | None, most: int = HEADS_PER_STACK) -> Iterator[Stack]:
-    """Cut arrays `(*lead, …)` into views `(h, …)` of at most `most` heads; None stays None. Nothing is copied."""
+def stacks(lead: tuple[int, ...], *arrays: np.ndarray | None, most: int = HEADS_PER_STACK, two_axes: bool = False) -> Iterator[Stack]:
+    """Cut arrays `(*lead, …)` into views `(h, …)` of at most `most` heads; None stays None. Nothing is copied.
+
+    With `two_axes`, where the strides of the leading axes have no common step (q, k and v side by side in one array) and the last of them
+    has fewer than `most` heads: views `(r, h, …)`, for `merged` to make one axis of."""
     lead, arrays = _merge_leading(lead, arrays)
     if not lead:
         yield [None if x is None else x[None] for x in arrays]
-        return
-    for index in np.ndindex(lead[:-1]):
-        for heads in blocks(lead[-1], most):
-            yield [None if x is None else x[index][heads] for x in arrays]
+    elif two_axes and len(lead) > 1 and most > lead[-1] > 0:
+        for index in np.ndindex(lead[:-2]):
+            for part in blocks(lead[-2], most // lead[-1]):
+                yield [None if x is None else x[index][part] for x in arrays]
+    else:
+        for index in np.ndindex(lead[:-1]):
+            for heads in blocks(lead[-1], most):
+                yield [None if x is None else x[index][heads] for x in arrays]
+
+
+def merged(x: np.ndarray | None) -> np.ndarray | None:
+    """(r, h, …) as (r·h, …): a view where that is possible, as it is for all contiguous arrays, else a read-only copy."""
+    if x is None:
+        return None
+    one = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+    if not np.may_share_memory(one, x):
+        one.flags.writeable = False                                        # what is written to a copy would be lost
+    return one
 
 
 def _merge_leading(lead: tuple[int, ...], arrays: tuple[np.ndarray | None, ...]) -> tuple[tuple[int, ...], tuple[np.ndarray | None, ...]]:

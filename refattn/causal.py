@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from ._array import Array, accumulator, cast, check_positive, namespace, transposed
-from ._blocks import BUFFER_BYTES, HEADS_PER_STACK, Reader, blocks, cores, over_heads, reader, split_groups, stacks
+from ._blocks import BUFFER_BYTES, HEADS_PER_STACK, Reader, blocks, cores, merged, over_heads, reader, split_groups, stacks
 
 Residuals = tuple[Any, ...]
 Store = Callable[[slice, np.ndarray], None]
@@ -289,7 +289,12 @@ def each_stack(work: Callable[..., None], S: np.ndarray, chunk: int, *arrays: np
     G, N = arrays[0].shape[-3:-1]                                                                          # type: ignore[union-attr]
     short = _chunks_at_once(1, G, 1, chunk, D, M, S.itemsize) // max(-(-N // chunk), 1)
     long = min(HEADS_PER_STACK, -(-math.prod(S.shape[:-2]) // cores()))
-    over_heads(work, list(stacks(S.shape[:-2], *arrays, most=max(short, long, 1))), 4.0 * S.size * G * N)
+
+    def one_stack(*stack: np.ndarray | None) -> None:
+        work(*(stack if stack[0].ndim == 4 else map(merged, stack)))                                   # type: ignore[union-attr]
+
+    cut = stacks(S.shape[:-2], *arrays, most=max(short, long, 1), two_axes=short > long)
+    over_heads(one_stack, list(cut), 4.0 * S.size * G * N)
 
 
 # --- scan: the chunked form without a loop ------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from refattn import _blocks, recurrence
-from refattn._blocks import blocks, over_heads, reader, stacks
+from refattn._blocks import blocks, merged, over_heads, reader, stacks
 
 
 def blas_threads():
@@ -35,6 +35,20 @@ def test_stacks_are_views_that_cover_every_head_once(lead):
                 if part is not None:
                     part += 1
         assert (x == 1).all() and (arrays[1] is None or (other == 1).all())
+
+
+def test_stacks_over_two_axes_are_views_too_and_merge_to_one():
+    packed = np.arange(5 * 4 * 3 * 2.0).reshape(5, 4, 3, 2)                    # (B, N, 3·H…): no common step for B and H
+    x, out = packed[:, :, :2].swapaxes(1, 2), np.zeros((5, 2, 4, 2))
+    assert [part.shape[:2] for part, _ in stacks((5, 2), x, out, most=5, two_axes=True)] == [(2, 2), (2, 2), (1, 2)]
+    for part, to in (map(merged, stack) for stack in stacks((5, 2), x, out, most=5, two_axes=True)):
+        to[...] = part
+        if len(part) > 2:                                                      # two rows of B: a copy
+            with pytest.raises(ValueError, match="read-only"):
+                part[...] = 0
+    assert np.array_equal(out, x) and merged(None) is None
+    assert [part.shape for part, in stacks((5, 2), x, most=2, two_axes=True)] == [(2, 4, 2)] * 5
+    assert [part.shape for part, in stacks((5, 2), out, most=5, two_axes=True)] == [(5, 4, 2)] * 2
 
 
 def test_a_reader_never_looks_behind_a_length(rng):
