@@ -1,0 +1,237 @@
+"""Launches the kernels of `linear.cu` on CuPy arrays.
+
+The array module comes with the call: CuPy, or its stand-in `refattn.simt.cupy`, which runs the same kernels on the CPU. Forward:
+
+    group_states  →  scan_states  →  group_outputs
+       own Kᵀ V      what precedes      out, 1/(den + ε), and the last sum is the final state
+
+Backward: the states before each group are kept (N / rows of them), so
+
+    quotient_transpose  →  group_dq;     group_states of G  →  scan_states from the end  →  group_dk, group_dv
+
+Shapes are those of `causal`: q (..., G·H, N, D), k (..., H, N, D), v (..., H, N, M), S (..., H, D, M), z (..., H, D). Nothing is checked here but
+what CUDA limits; `causal_linear_attention` and `recurrence` check the rest.
+"""
+from __future__ import annotations
+
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .._array import Array, accumulator, dtype_name
+
+Residuals = tuple[Any, ...]
+
+THREADS = 256
+GROUP_ROWS = 512, 256             # positions that one block walks through: the longer, the less is moved; the shorter, the more blocks there are
+BLOCKS_WANTED = 256
+LARGEST = 256                     # features that a kernel can have
+STATIC_SHARED = 48 << 10          # more shared memory than this a kernel must ask for
+C_TYPES = {"float32": "float", "float64": "double", "float16": "__half", "bfloat16": "__nv_bfloat16"}
+NULL = np.uint64(0)
+
+
+class Tile(NamedTuple):
+    """How a block cuts operands of `width` features: C positions at a time, `columns` of the state."""
+
+    C: int
+    columns: int
+
+
+def source() -> str:
+    """`linear.cu` with what it includes, as one text for NVRTC. `#line` keeps the names of the files in messages."""
+    here = Path(__file__).parent
+    tiles = (here / "tiles.cuh").read_text(encoding="utf-8").replace("#pragma once\n", "\n")
+    code = (here / "linear.cu").read_text(encoding="utf-8")
+    before, _, after = code.partition('#include "tiles.cuh"\n')
+    line = before.count("\n") + 2
+    return f'{before}#line 1 "tiles.cuh"\n{tiles}#line {line} "linear.cu"\n{after}'
+
+
+def tile(width: int, columns: int, itemsize: int) -> Tile:
+    """Fewer positions and columns where rows are long, so that a block fits the smallest shared memory there is, 64 KB.
+
+    >>> tile(64, 64, 4), tile(256, 256, 4), tile(64, 20, 8)
+    (Tile(C=32, columns=64), Tile(C=16, columns=16), Tile(C=16, columns=24))
+    """
+    fit = min(max(16384 // (itemsize * _up(width, 4)) // 8 * 8, 8), 64)
+    return Tile((32 if width <= 128 else 16) * 4 // itemsize, min(fit, _up(columns, 8)))
+
+
+def walk_bytes(width: int, tile: Tile, itemsize: int) -> int:
+    """Shared memory of group_outputs, group_dq, group_dk and group_dv: x, y, z, the state, the scores, and a few rows of numbers."""
+    C, columns = tile
+    wide = columns + 4 if columns < 32 else columns
+    numbers = 2 * C * (_up(width, 32) + 4) + C * wide + _up(width, 4) * wide + C * (C + C // 2) + 3 * C + columns + width
+    return numbers * itemsize
+
+
+def state_bytes(width: int, tile: Tile, itemsize: int) -> int:
+    """Shared memory of group_states: y, z, and one number a row."""
+    C, columns = tile
+    return (C * (_up(width, 32) + 4) + C * (columns + 4 if columns < 32 else columns) + C) * itemsize
+
+
+def group_rows(heads: int, N: int) -> int:
+    """Positions in a group: the most that still leave every multiprocessor something to do."""
+    for rows in GROUP_ROWS:
+        if heads * -(-N // rows) >= BLOCKS_WANTED:
+            return rows
+    return rows
+
+
+def fits(D: int, M: int) -> bool:
+    """Whether the kernels have instances for these sizes."""
+    return 1 <= D <= LARGEST and 1 <= M <= LARGEST
+
+
+def names(dtype: str, D: int, M: int, feature: int, normalised: bool) -> dict[str, str]:
+    """The instances that one call of forward and backward needs: kernel → name expression."""
+    T, size = C_TYPES[dtype], 8 if dtype == "float64" else 4
+    flags = f"{feature}, {str(normalised).lower()}"
+    over_d, over_m = (f"{T}, {D}, {M}, {t.C}, {t.columns}, {flags}" for t in (tile(D, M, size), tile(M, D, size)))
+    return {
+        "group_states": f"group_states<{over_d}, false>", "group_costates": f"group_states<{over_d}, true>",
+        "scan_states": f"scan_states<{'double' if size == 8 else 'float'}>", "group_outputs": f"group_outputs<{over_d}>",
+        "quotient_transpose": f"quotient_transpose<{T}, {M}>",
+        "group_dq": f"group_dq<{over_m}>", "group_dk": f"group_dk<{over_m}>", "group_dv": f"group_dv<{over_d}>",
+        "causal_step": f"causal_step<{T}, {D}, {M}, {flags}>",
+    }
+
+
+def causal_forward(xp: Any, q: Array, k: Array, v: Array, S: Array | None = None, z: Array | None = None, *, feature: int = 0,
+                   normalised: bool = False, scale: float = 1.0, eps: float = 0.0, query_lengths: Array | None = None,
+                   key_lengths: Array | None = None) -> tuple[Array, Array, Array, Residuals]:
+    """out, S_N, z_N and what the backward needs. `feature`: 0 identity, 1 elu + 1, applied to q and k while they are read.
+
+    Lengths are int32, one for each head. O(N·D·M) flops; extra memory N / 512 (or 256) states.
+    """
+    heads, shared, N, D, M, acc = _sizes(q, k, v)
+    with _device(xp, q):
+        q, k, v = (xp.ascontiguousarray(x) for x in (q, k, v))
+        out = xp.empty((*q.shape[:-1], M), dtype=v.dtype)
+        end_S, end_z = xp.zeros((*k.shape[:-2], D, M), dtype=acc), xp.zeros((*k.shape[:-2], D), dtype=acc)
+        if S is not None:
+            end_S, end_z = xp.ascontiguousarray(S), end_z if z is None else xp.ascontiguousarray(z)
+        kernels = _kernels(xp, _device_id(xp), dtype_name(v), D, M, feature, normalised)
+        rows = group_rows(heads, N)
+        groups = -(-N // rows)
+        states = xp.empty((heads // max(shared, 1), groups, D * M + D), dtype=acc)
+        inv = xp.empty((heads, N) if normalised else (0,), dtype=acc)
+        residuals = q, k, v, out, inv, states, query_lengths, key_lengths, rows, feature, normalised, scale
+        if not heads * N:
+            return out, end_S, end_z, residuals
+        start_S, start_z, end_S, end_z = end_S, end_z, xp.empty_like(end_S), xp.empty_like(end_z)
+        size, wide = states.dtype.itemsize, tile(D, M, states.dtype.itemsize)
+        number, i4 = states.dtype.type, np.int32
+        kv = heads // shared
+        kernels.launch("group_states", (kv * groups, -(-M // wide.columns)), state_bytes(D, wide, size),
+                       k, v, NULL, NULL, states, _or_null(key_lengths), i4(N), i4(groups), i4(rows), number(1))
+        kernels.launch("scan_states", (kv, -(-(D * M + D) // THREADS)), 0,
+                       states, start_S, start_z, end_S, end_z, i4(groups), i4(1), i4(D * M), i4(D), i4(0))
+        kernels.launch("group_outputs", (heads * groups, -(-M // wide.columns)), walk_bytes(D, wide, size),
+                       q, k, v, states, out, inv if normalised else NULL, _or_null(query_lengths), _or_null(key_lengths),
+                       i4(N), i4(groups), i4(rows), i4(shared), number(scale), number(eps))
+        return out, end_S, end_z, residuals
+
+
+def causal_backward(xp: Any, dout: Array, dS: Array | None, dz: Array | None,
+                    residuals: Residuals) -> tuple[Array, Array, Array, Array, Array]:
+    """Transpose of `causal_forward`: dq, dk, dv, dS_0, dz_0. 5/2 of the forward's flops."""
+    q, k, v, out, inv, states, query_lengths, key_lengths, rows, feature, normalised, scale = residuals
+    heads, shared, N, D, M, acc = _sizes(q, k, v)
+    with _device(xp, q):
+        dout = xp.ascontiguousarray(dout)
+        dq, dk, dv = xp.empty_like(q), xp.empty_like(k), xp.empty_like(v)
+        end_S = xp.zeros((*k.shape[:-2], D, M), dtype=acc) if dS is None else xp.ascontiguousarray(dS)
+        end_z = xp.zeros((*k.shape[:-2], D), dtype=acc) if dz is None else xp.ascontiguousarray(dz)
+        if not heads * N:
+            return dq, dk, dv, end_S, end_z
+        kernels = _kernels(xp, _device_id(xp), dtype_name(v), D, M, feature, normalised)
+        dS, dz = xp.empty_like(end_S), xp.empty_like(end_z)
+        groups, kv, size = states.shape[1], heads // shared, states.dtype.itemsize
+        over_d, over_m = tile(D, M, size), tile(M, D, size)
+        number, i4 = states.dtype.type, np.int32
+        lengths = _or_null(query_lengths), _or_null(key_lengths)
+        shape = i4(N), i4(groups), i4(rows), i4(shared), number(scale)
+        quotient: tuple[Any, Any] = NULL, NULL
+        if normalised:
+            quotient = inv, xp.empty_like(inv)
+            kernels.launch("quotient_transpose", (-(-heads * N // (THREADS // 32)),), 0,
+                           dout, out, *quotient, lengths[0], np.int64(heads), i4(N))
+        costates = xp.empty((heads, groups, D * M + D), dtype=acc)
+        kernels.launch("group_dq", (heads * groups, -(-D // over_m.columns)), walk_bytes(M, over_m, size),
+                       q, k, v, dout, states, *quotient, dq, *lengths, *shape)
+        kernels.launch("group_costates", (heads * groups, -(-M // over_d.columns)), state_bytes(D, over_d, size),
+                       q, dout, *quotient, costates, lengths[0], i4(N), i4(groups), i4(rows), number(scale))
+        kernels.launch("scan_states", (kv, -(-(D * M + D) // THREADS)), 0,
+                       costates, end_S, end_z, dS, dz, i4(groups), i4(shared), i4(D * M), i4(D), i4(1))
+        kernels.launch("group_dk", (kv * groups, -(-D // over_m.columns)), walk_bytes(M, over_m, size),
+                       q, k, v, dout, costates, *quotient, dk, *lengths, *shape)
+        kernels.launch("group_dv", (kv * groups, -(-M // over_d.columns)), walk_bytes(D, over_d, size),
+                       q, k, dout, costates, quotient[0], dv, *lengths, *shape)
+        return dq, dk, dv, dS, dz
+
+
+def causal_step(xp: Any, q_t: Array, k_t: Array, v_t: Array, S: Array, z: Array, *, feature: int = 0, normalised: bool = False,
+                scale: float = 1.0, eps: float = 0.0) -> tuple[Array, Array, Array]:
+    """One position: out_t, the new S and z. Each state is read once and written once."""
+    heads, shared, _, D, M, _ = _sizes(q_t[..., None, :], k_t[..., None, :], v_t[..., None, :])
+    with _device(xp, q_t):
+        q_t, k_t, v_t, S, z = (xp.ascontiguousarray(x) for x in (q_t, k_t, v_t, S, z))
+        out, S_new, z_new = xp.empty((*q_t.shape[:-1], M), dtype=v_t.dtype), xp.empty_like(S), xp.empty_like(z)
+        if heads:
+            kernels, number = _kernels(xp, _device_id(xp), dtype_name(v_t), D, M, feature, normalised), S.dtype.type
+            kernels.launch("causal_step", (heads // shared, -(-M // 64)), 0,
+                           q_t, k_t, v_t, S, z, S_new, z_new, out, np.int32(shared), number(scale), number(eps))
+        return out, S_new, z_new if normalised else z
+
+
+class Kernels(NamedTuple):
+    functions: dict[str, Any]
+
+    def launch(self, name: str, grid: tuple[int, ...], shared_bytes: int, *arguments: Any) -> None:
+        """On the current stream, with THREADS threads a block. ValueError where CUDA has no grid so large."""
+        if grid[0] >= 2**31 or max(grid[1:], default=1) >= 2**16:
+            raise ValueError(f"{name}: {grid} blocks are more than CUDA can launch (2³¹ - 1, 65,535): split the batch")
+        self.functions[name](grid, (THREADS,), arguments, shared_mem=shared_bytes)
+
+
+@cache
+def _kernels(xp: Any, device: int, dtype: str, D: int, M: int, feature: int, normalised: bool) -> Kernels:
+    """The compiled instances, once for each device; CuPy keeps what NVRTC made on disk."""
+    expressions = names(dtype, D, M, feature, normalised)
+    module = xp.RawModule(code=source(), options=("-std=c++17",), name_expressions=tuple(expressions.values()))
+    functions = {name: module.get_function(expression) for name, expression in expressions.items()}
+    size = 8 if dtype == "float64" else 4
+    for name, function in functions.items():
+        width, columns = (M, D) if name in ("group_dq", "group_dk") else (D, M)
+        if name.startswith("group_") and walk_bytes(width, tile(width, columns, size), size) > STATIC_SHARED:
+            function.max_dynamic_shared_size_bytes = walk_bytes(width, tile(width, columns, size), size)
+    return Kernels(functions)
+
+
+def _sizes(q: Array, k: Array, v: Array) -> tuple[int, int, int, int, int, Any]:
+    """(query heads in all, of them for one key head, N, D, M, accumulator)."""
+    heads, kv = math.prod(q.shape[:-2]), math.prod(k.shape[:-2])
+    return heads, heads // max(kv, 1), q.shape[-2], q.shape[-1], v.shape[-1], accumulator(v.dtype)
+
+
+def _device(xp: Any, x: Array) -> Any:
+    """The device that the array lies on, as the current one."""
+    return x.device if hasattr(x.device, "__enter__") else xp.cuda.Device(x.device)
+
+
+def _device_id(xp: Any) -> int:
+    return int(xp.cuda.runtime.getDevice())
+
+
+def _or_null(x: Array | None) -> Any:
+    return NULL if x is None else x
+
+
+def _up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple

@@ -1,0 +1,487 @@
+// Rule `linear`: S_t = S_{t-1} + k_t v_tᵀ, o_t = S_tᵀ q_t (eq. 10, 12 of the paper), with φ and the normaliser, and its transpose.
+//
+// | kernel             | computes                                                       | one block takes                        |
+// |--------------------|----------------------------------------------------------------|----------------------------------------|
+// | causal_naive       | o_i = Σ_{j≤i} (q_i·k_j) v_j, / Σ_{j≤i} q_i·k_j  (eq. 8)         | 256 numbers of out, a thread for each  |
+// | causal_sequential  | the recurrence itself, S in registers  (eq. 18-20)              | 64 columns of v, all positions         |
+// | causal_step        | one position: S read once and written once                      | 64 columns of one state                |
+// | group_states       | (a) each group's own Σ_j k_j v_jᵀ and Σ_j k_j                   | some chunks: a group, some columns     |
+// | scan_states        | (b) what precedes each group: exclusive sums, from either end   | 256 numbers of the states of a head    |
+// | group_outputs      | (c) out from the state before the group (eq. 12)                | as (a)                                 |
+// | quotient_transpose | dden_i = -(do_i·out_i) / (den_i + ε)                            | 8 rows                                 |
+// | group_dq           | dφ(q)_i = S_i G_i  (eq. 13), then φ'(q)ᵀ                        | as (a)                                 |
+// | group_dk           | dφ(k)_i = R_i [v_i | 1]  (eq. 14), then φ'(k)ᵀ                  | as (a)                                 |
+// | group_dv           | dv_i = R_iᵀ φ(k_i)  (eq. 15)                                    | as (a)                                 |
+//
+// Backward: G = [do / (den + ε) | dden], R_i = dS_N + Σ_{j≥i} φ(q_j) G_jᵀ, and the last four kernels are (c) with other operands: with
+//
+//     o_i = Sᵀ x_i + Σ_{j≤i} (x_i·y_j) z_j          x, y, z, S:    q, k, v, S      G, v, k, Sᵀ      v, G, q, Rᵀ      k, q, G, R
+//
+// one function, `walk`, computes out, dq, dk and dv. For the last two it goes from the end (≥ in place of ≤).
+//
+// Arrays are contiguous: q, dq (heads, N, D), k, dk (heads / shared, N, D), v, dv (heads / shared, N, M), out, do (heads, N, M); `shared`
+// query heads read one key and value head. States are Sum<T>: for each head and group D·M numbers of S, then D of the key sum z.
+// C positions at a time, VT columns of v (of k for dq and dk) for each block. FEATURE: 0 identity, 1 elu + 1. NORM: with the normaliser. Rows behind a length count as absent: not read, zeros where they are written.
+#include "tiles.cuh"
+
+// --- φ and what else is done to a number on its way in or out -------------------------------------------------------------------------
+
+// eq. 7: elu(x) + 1; exp(x) for x ≤ 0, so that nothing overflows
+template <int FEATURE, typename A> __device__ __forceinline__ A phi(A x) {
+  if constexpr (FEATURE == 0) return x;
+  else return x > 0 ? x + A(1) : exp(x);
+}
+template <int FEATURE, typename A> __device__ __forceinline__ A phi_slope(A x) {
+  if constexpr (FEATURE == 0) return A(1);
+  else return x > 0 ? A(1) : exp(x);
+}
+
+// 1 / x, and 0 where x is exactly 0: a row without keys is a row of zeros
+template <typename A> __device__ __forceinline__ A inverse(A x) { return x == 0 ? A(0) : A(1) / x; }
+
+__device__ __forceinline__ int real_rows(const int* lengths, long long head, int N) { return lengths ? min(lengths[head], N) : N; }
+
+// The sum over a warp, the same in every lane and always in the same order
+template <typename A> __device__ __forceinline__ A warp_sum(A x) {
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
+// --- naive: the definition, for reading and for cross-checks ---------------------------------------------------------------------------
+
+template <typename T, int D, int M, int FEATURE, bool NORM>
+__global__ void __launch_bounds__(THREADS) causal_naive(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
+                                                        T* __restrict__ out, int N, long long heads, int shared, Sum<T> scale, Sum<T> eps) {
+  typedef Sum<T> A;
+  const long long at = (long long)blockIdx.x * THREADS + threadIdx.x;
+  if (at >= heads * N * M) return;
+  const long long head = at / M / N, i = at / M % N, kv = head / shared;
+  const int c = at % M;
+  A num = 0, den = 0;
+  for (long long j = 0; j <= i; ++j) {
+    A similarity = 0;
+    for (int d = 0; d < D; ++d) similarity += scale * phi<FEATURE>(widen(q[(head * N + i) * D + d])) * phi<FEATURE>(widen(k[(kv * N + j) * D + d]));
+    num += similarity * widen(v[(kv * N + j) * M + c]);
+    den += similarity;
+  }
+  out[at] = narrow<T>(NORM ? num * inverse(den + eps) : num);
+}
+
+// --- sequential: the recurrence, a column of S and of z in each thread's registers ------------------------------------------------------
+
+template <typename T, int D, int M, int FEATURE, bool NORM>
+__global__ void __launch_bounds__(64) causal_sequential(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
+                                                        T* __restrict__ out, int N, int shared, Sum<T> scale, Sum<T> eps) {
+  typedef Sum<T> A;
+  __shared__ A qs[D];
+  __shared__ A ks[D];
+  const long long head = blockIdx.x, kv = head / shared;
+  const int c = blockIdx.y * 64 + threadIdx.x;
+  A S[D], z[NORM ? D : 1];
+#pragma unroll
+  for (int d = 0; d < D; ++d) S[d] = 0;
+#pragma unroll
+  for (int d = 0; d < (NORM ? D : 1); ++d) z[d] = 0;
+  for (long long i = 0; i < N; ++i) {
+    for (int d = threadIdx.x; d < D; d += 64) {
+      qs[d] = scale * phi<FEATURE>(widen(q[(head * N + i) * D + d]));
+      ks[d] = phi<FEATURE>(widen(k[(kv * N + i) * D + d]));
+    }
+    __syncthreads();
+    const A value = c < M ? A(widen(v[(kv * N + i) * M + c])) : A(0);
+    A num = 0, den = 0;
+#pragma unroll
+    for (int d = 0; d < D; ++d) {
+      S[d] += ks[d] * value;
+      num += qs[d] * S[d];
+      if constexpr (NORM) {
+        z[d] += ks[d];
+        den += qs[d] * z[d];
+      }
+    }
+    if (c < M) out[(head * N + i) * M + c] = narrow<T>(NORM ? num * inverse(den + eps) : num);
+    __syncthreads();
+  }
+}
+
+// --- step: one position for a whole batch -----------------------------------------------------------------------------------------------
+
+// S ← S + φ(k) vᵀ, z ← z + φ(k), out = Sᵀφ(q) / (zᵀφ(q) + ε). Thread (r, c) of 4 × 64 has rows r, r + 4, … of column c.
+template <typename T, int D, int M, int FEATURE, bool NORM>
+__global__ void __launch_bounds__(THREADS) causal_step(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
+                                                       const Sum<T>* __restrict__ S, const Sum<T>* __restrict__ z, Sum<T>* __restrict__ S_new,
+                                                       Sum<T>* __restrict__ z_new, T* __restrict__ out, int shared, Sum<T> scale, Sum<T> eps) {
+  typedef Sum<T> A;
+  __shared__ A qs[D];
+  __shared__ A ks[D];
+  __shared__ A parts[4][64];
+  __shared__ A den_parts[WARPS];
+  const long long kv = blockIdx.x;
+  const int column = threadIdx.x % 64, r = threadIdx.x / 64, c = blockIdx.y * 64 + column;
+  for (int d = threadIdx.x; d < D; d += THREADS) ks[d] = phi<FEATURE>(widen(k[kv * D + d]));
+  const A value = c < M ? A(widen(v[kv * M + c])) : A(0);
+  for (int g = 0; g < shared; ++g) {
+    const long long head = kv * shared + g;
+    for (int d = threadIdx.x; d < D; d += THREADS) qs[d] = scale * phi<FEATURE>(widen(q[head * D + d]));
+    __syncthreads();
+    A num = 0, den = 0;
+    if (c < M)
+      for (int d = r; d < D; d += 4) {
+        const long long at = (kv * D + d) * M + c;
+        const A s = S[at] + ks[d] * value;
+        if (g == 0) S_new[at] = s;
+        num += qs[d] * s;
+      }
+    if constexpr (NORM)
+      for (int d = threadIdx.x; d < D; d += THREADS) {
+        const A s = z[kv * D + d] + ks[d];
+        if (g == 0 && blockIdx.y == 0) z_new[kv * D + d] = s;
+        den += qs[d] * s;
+      }
+    parts[r][column] = num;
+    den = warp_sum(den);
+    if (threadIdx.x % 32 == 0) den_parts[threadIdx.x / 32] = den;
+    __syncthreads();
+    if (r == 0 && c < M) {
+      A sum = eps;
+      for (int w = 0; w < WARPS; ++w) sum += den_parts[w];
+      num = (parts[0][column] + parts[1][column]) + (parts[2][column] + parts[3][column]);
+      out[head * M + c] = narrow<T>(NORM ? num * inverse(sum) : num);
+    }
+    __syncthreads();
+  }
+}
+
+// --- (a) the groups' own states ------------------------------------------------------------------------------------------------------
+
+// states[head][group] = Σ_j y_j z_jᵀ and Σ_j y_j e_j over the group's positions j; row(j, …) come from `load`
+template <typename A, int C, int W, int V, int VT, class LoadY, class LoadZ, class LoadE>
+__device__ __forceinline__ void own_state(A* smem, A* state, int first, int last, int column, LoadY load_y, LoadZ load_z, LoadE load_e) {
+  constexpr int LDY = STRIDE<W>, LDZ = WIDE<VT>, TILES = up(W, 4) / 4 * (VT / 4), EACH = (TILES + THREADS - 1) / THREADS;
+  A *Y = smem, *Z = Y + C * LDY, *e = Z + C * LDZ;
+  A s[EACH][4][4], sum = 0;
+#pragma unroll
+  for (int n = 0; n < EACH; ++n)
+#pragma unroll
+    for (int a = 0; a < 4; ++a)
+#pragma unroll
+      for (int b = 0; b < 4; ++b) s[n][a][b] = 0;
+  clear_beyond<C, W, LDY>(Y);
+  for (int start = first; start < last; start += C) {
+    fill<C, W, LDY>(Y, [&](int r, int c) { return load_y(start + r, c); });
+    fill<C, VT, LDZ>(Z, [&](int r, int c) { return load_z(start + r, c); });
+    if (threadIdx.x < C) e[threadIdx.x] = load_e(start + threadIdx.x);
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < EACH; ++n) {
+      const int t = threadIdx.x + n * THREADS;
+      if (t < TILES) columns_times<C, LDY, LDZ>(Y, Z, t / (VT / 4) * 4, t % (VT / 4) * 4, s[n]);
+    }
+    if (threadIdx.x < W)
+      for (int j = 0; j < C; ++j) sum += Y[j * LDY + threadIdx.x] * e[j];
+    __syncthreads();
+  }
+#pragma unroll
+  for (int n = 0; n < EACH; ++n) {
+    const int t = threadIdx.x + n * THREADS;
+    if (t < TILES)
+#pragma unroll
+      for (int a = 0; a < 4; ++a) {
+        const int d = t / (VT / 4) * 4 + a;
+        if (d < W) put4<V>(state + (long long)d * V, column + t % (VT / 4) * 4, s[n][a]);
+      }
+  }
+  if (column == 0 && threadIdx.x < W) state[(long long)W * V + threadIdx.x] = sum;
+}
+
+// TRANSPOSE false: S, of φ(k_j) [v_j | 1]ᵀ for each key head. true: R, of φ(q_j) G_jᵀ for each query head.
+template <typename T, int D, int M, int C, int VT, int FEATURE, bool NORM, bool TRANSPOSE>
+__global__ void __launch_bounds__(THREADS) group_states(const T* __restrict__ y, const T* __restrict__ z, const Sum<T>* __restrict__ inv,
+                                                        const Sum<T>* __restrict__ dden, Sum<T>* __restrict__ states,
+                                                        const int* __restrict__ lengths, int N, int groups, int rows, Sum<T> scale) {
+  typedef Sum<T> A;
+  extern __shared__ __align__(16) unsigned char bytes[];
+  const long long head = blockIdx.x / groups, group = blockIdx.x % groups;
+  const int column = blockIdx.y * VT, real = real_rows(lengths, head, N), first = (int)(group * rows);
+  own_state<A, C, D, M, VT>(
+      reinterpret_cast<A*>(bytes), states + (head * groups + group) * (D * M + D), first, min(first + rows, real), column,
+      [&](int i, int c) { return i < real ? scale * phi<FEATURE>(A(widen(y[(head * N + i) * D + c]))) : A(0); },
+      [&](int i, int c) {
+        if (i >= real || column + c >= M) return A(0);
+        const A x = widen(z[(head * N + i) * M + column + c]);
+        return TRANSPOSE && NORM ? x * inv[head * N + i] : x;
+      },
+      [&](int i) { return i >= real || !NORM ? A(0) : TRANSPOSE ? dden[head * N + i] : A(1); });
+}
+
+// --- (b) what precedes each group ------------------------------------------------------------------------------------------------------
+
+// In place: states[head][group] becomes the sum of `start` and all groups before it (behind it, if `reverse`); `end` takes the whole sum.
+// `shared` heads, one after another in `states`, are summed into the first of them. A thread has one number of S or z in all groups.
+template <typename A>
+__global__ void __launch_bounds__(THREADS) scan_states(A* __restrict__ states, const A* __restrict__ start_S, const A* __restrict__ start_z,
+                                                       A* __restrict__ end_S, A* __restrict__ end_z, int groups, int shared, int DM, int D,
+                                                       int reverse) {
+  const long long head = blockIdx.x, size = DM + D;
+  const int e = blockIdx.y * THREADS + threadIdx.x;
+  if (e >= size) return;
+  const bool in_S = e < DM;
+  const A* start = in_S ? start_S : start_z;
+  A* end = in_S ? end_S : end_z;
+  const long long there = in_S ? head * DM + e : head * D + (e - DM);
+  A sum = start ? start[there] : A(0);
+  A* own = states + head * shared * groups * size + e;
+  for (int step = 0; step < groups; ++step) {
+    const long long group = reverse ? groups - 1 - step : step;
+    A more = 0;
+    for (int g = 0; g < shared; ++g) more += own[((long long)g * groups + group) * size];
+    own[group * size] = sum;
+    sum += more;
+  }
+  if (end) end[there] = sum;
+}
+
+// --- (c) outputs ----------------------------------------------------------------------------------------------------------------------
+
+// For the positions i of one group, first ≤ i < last, and VT columns of z:
+//
+//     o_i = Sᵀ x_i + e_i s + Σ_{j≤i} (x_i·y_j + e_i f_j) z_j          den_i = n·x_i + Σ_{j≤i} x_i·y_j
+//
+// (x | e) and (y | f) have one feature more if EXTRA, and s is its row of the state; den, the same sum with ones in the place of z and
+// n in that of S, only if NORM. REVERSE: j ≥ i. `shared` sets of y, z, f, numbered g, are summed over. The functions:
+// x(i, a), e(i); y(g, j, a), z(g, j, c), f(g, j); S(a, c), s(c), n(a), the state before the group; store(i, c, o, den) takes four columns.
+template <typename A, int C, int W, int VT, bool EXTRA, bool NORM, bool REVERSE, class X, class E, class Y, class Z, class F, class S,
+          class SE, class SN, class Store>
+__device__ __forceinline__ void walk(unsigned char* bytes, int first, int last, int shared, X x, E e, Y y, Z z, F f, S S0, SE s0, SN n0, Store store) {
+  constexpr int LD = STRIDE<W>, LDZ = WIDE<VT>, LDP = SCORES<C>, H = C / 2, WP = up(W, 4), TILES = H * (VT / 4);
+  static_assert(TILES <= THREADS && H * H <= THREADS && W <= THREADS, "a thread has one tile of 2 x 4 outputs and one of 2 x 2 scores");
+  A *xs = reinterpret_cast<A*>(bytes), *ys = xs + C * LD, *zs = ys + C * LD, *state = zs + C * LDZ, *scores = state + WP * LDZ;
+  A *es = scores + C * LDP, *fs = es + C, *den = fs + C, *s = den + C, *n = s + VT;
+  const int t = threadIdx.x, c = t % (VT / 4) * 4, i = t / (VT / 4), lane = t % 32;
+  fill<WP, VT, LDZ>(state, [&](int a, int c) { return a < W ? S0(a, c) : A(0); });
+  if (EXTRA && t < VT) s[t] = s0(t);
+  if (NORM && t < W) n[t] = n0(t);
+  clear_beyond<C, W, LD>(xs);
+  clear_beyond<C, W, LD>(ys);
+  const int chunks = (last - first + C - 1) / C;
+  for (int step = 0; step < chunks; ++step) {
+    const int start = first + (REVERSE ? chunks - 1 - step : step) * C;
+    fill<C, W, LD>(xs, [&](int r, int a) { return x(start + r, a); });
+    if (EXTRA && t < C) es[t] = e(start + t);
+    __syncthreads();
+    A o[2][4] = {};
+    if (t < TILES) {
+      rows_times<H, WP, LD, LDZ>(xs, state, i, c, o);
+      if constexpr (EXTRA)
+#pragma unroll
+        for (int b = 0; b < 4; ++b) o[0][b] += es[i] * s[c + b], o[1][b] += es[i + H] * s[c + b];
+    }
+    for (int g = 0; g < shared; ++g) {
+      fill<C, W, LD>(ys, [&](int r, int a) { return y(g, start + r, a); });
+      fill<C, VT, LDZ>(zs, [&](int r, int c) { return z(g, start + r, c); });
+      if (EXTRA && t < C) fs[t] = f(g, start + t);
+      __syncthreads();
+      if (t < H * H) {
+        const int row = t / H, col = t % H;
+        A score[2][2] = {};
+        dot_rows<C, W, LD>(xs, ys, row, col, score);
+#pragma unroll
+        for (int u = 0; u < 2; ++u)
+#pragma unroll
+          for (int w = 0; w < 2; ++w) {
+            const int a = row + u * H, b = col + w * H;
+            if constexpr (EXTRA) score[u][w] += es[a] * fs[b];
+            scores[a * LDP + b] = (REVERSE ? b < a : b > a) ? A(0) : score[u][w];          // not times 0: a hidden score may be infinite
+          }
+      }
+      __syncthreads();
+      if constexpr (NORM)
+        for (int row = t / 32; row < C; row += WARPS) {
+          A sum = lane < C ? scores[row * LDP + lane] : A(0);
+          for (int a = lane; a < W; a += 32) sum += xs[row * LD + a] * n[a];
+          sum = warp_sum(sum);
+          if (lane == 0) den[row] = sum;
+        }
+      if (t < TILES) rows_times<H, C, LDP, LDZ>(scores, zs, i, c, o);
+      for (int tile = t; tile < WP / 4 * (VT / 4); tile += THREADS) {
+        const int a = tile / (VT / 4) * 4, b = tile % (VT / 4) * 4;
+        A more[4][4];
+#pragma unroll
+        for (int u = 0; u < 4; ++u) read4(state + (a + u) * LDZ + b, more[u]);
+        columns_times<C, LD, LDZ>(ys, zs, a, b, more);
+#pragma unroll
+        for (int u = 0; u < 4; ++u) write4(state + (a + u) * LDZ + b, more[u]);
+      }
+      if (EXTRA && t < VT) {
+        A more = s[t];
+        for (int j = 0; j < C; ++j) more += fs[j] * zs[j * LDZ + t];
+        s[t] = more;
+      }
+      __syncthreads();
+    }
+    if (NORM && t < W) {
+      A more = n[t];
+      for (int j = 0; j < C; ++j) more += ys[j * LD + t];
+      n[t] = more;
+    }
+    if (t < TILES) {
+      store(start + i, c, o[0], NORM ? den[i] : A(0));
+      store(start + i + H, c, o[1], NORM ? den[i + H] : A(0));
+    }
+  }
+}
+
+// out = Sᵀφ(q) / (zᵀφ(q) + ε). `inv` takes 1 / (den + ε) of each row, which the backward needs.
+template <typename T, int D, int M, int C, int VT, int FEATURE, bool NORM>
+__global__ void __launch_bounds__(THREADS, 2) group_outputs(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
+                                                            const Sum<T>* __restrict__ states, T* __restrict__ out, Sum<T>* __restrict__ inv,
+                                                            const int* __restrict__ query_lengths, const int* __restrict__ key_lengths, int N,
+                                                            int groups, int rows, int shared, Sum<T> scale, Sum<T> eps) {
+  typedef Sum<T> A;
+  extern __shared__ __align__(16) unsigned char bytes[];
+  const long long head = blockIdx.x / groups, group = blockIdx.x % groups, kv = head / shared;
+  const int column = blockIdx.y * VT, first = (int)(group * rows), last = min(first + rows, N);
+  const int real_q = real_rows(query_lengths, head, N), real_k = real_rows(key_lengths, kv, N);
+  const A* state = states + (kv * groups + group) * (D * M + D);
+  const T *qh = q + head * N * D, *kh = k + kv * N * D, *vh = v + kv * N * M;
+  walk<A, C, D, VT, false, NORM, false>(
+      bytes, first, last, 1,
+      [&](int i, int a) { return i < real_q ? scale * phi<FEATURE>(A(widen(qh[(long long)i * D + a]))) : A(0); },
+      [&](int) { return A(0); },
+      [&](int, int j, int a) { return j < real_k ? phi<FEATURE>(A(widen(kh[(long long)j * D + a]))) : A(0); },
+      [&](int, int j, int c) { return j < real_k && column + c < M ? A(widen(vh[(long long)j * M + column + c])) : A(0); },
+      [&](int, int) { return A(0); },
+      [&](int a, int c) { return column + c < M ? state[a * M + column + c] : A(0); },
+      [&](int) { return A(0); },
+      [&](int a) { return state[D * M + a]; },
+      [&](int i, int c, A (&o)[4], A den) {
+        if (i >= last) return;
+        if constexpr (NORM) {
+          const A by = i < real_q ? inverse(den + eps) : A(0);
+#pragma unroll
+          for (int b = 0; b < 4; ++b) o[b] *= by;
+          if (column == 0 && c == 0) inv[head * N + i] = by;
+        }
+        put4<M>(out + (head * N + i) * M, column + c, o);
+      });
+}
+
+// dden_i = -(do_i·out_i) / (den_i + ε), a warp for each row
+template <typename T, int M>
+__global__ void __launch_bounds__(THREADS) quotient_transpose(const T* __restrict__ dout, const T* __restrict__ out, const Sum<T>* __restrict__ inv,
+                                                              Sum<T>* __restrict__ dden, const int* __restrict__ query_lengths, long long heads,
+                                                              int N) {
+  typedef Sum<T> A;
+  const long long row = (long long)blockIdx.x * WARPS + threadIdx.x / 32;
+  if (row >= heads * N) return;
+  const bool real = row % N < real_rows(query_lengths, row / N, N);
+  A sum = 0;
+  if (real)
+    for (int c = threadIdx.x % 32; c < M; c += 32) sum += A(widen(dout[row * M + c])) * A(widen(out[row * M + c]));
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) dden[row] = real ? -sum * inv[row] : A(0);
+}
+
+// dq_i = φ'(q_i) ⊙ scale·S_i G_i
+template <typename T, int D, int M, int C, int VT, int FEATURE, bool NORM>
+__global__ void __launch_bounds__(THREADS, 2) group_dq(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
+                                                       const T* __restrict__ dout, const Sum<T>* __restrict__ states,
+                                                       const Sum<T>* __restrict__ inv, const Sum<T>* __restrict__ dden, T* __restrict__ dq,
+                                                       const int* __restrict__ query_lengths, const int* __restrict__ key_lengths, int N,
+                                                       int groups, int rows, int shared, Sum<T> scale) {
+  typedef Sum<T> A;
+  extern __shared__ __align__(16) unsigned char bytes[];
+  const long long head = blockIdx.x / groups, group = blockIdx.x % groups, kv = head / shared;
+  const int column = blockIdx.y * VT, first = (int)(group * rows), last = min(first + rows, N);
+  const int real_q = real_rows(query_lengths, head, N), real_k = real_rows(key_lengths, kv, N);
+  const A* state = states + (kv * groups + group) * (D * M + D);
+  const T *qh = q + head * N * D, *kh = k + kv * N * D, *vh = v + kv * N * M, *doh = dout + head * N * M;
+  walk<A, C, M, VT, NORM, false, false>(
+      bytes, first, last, 1,
+      [&](int i, int a) { return i >= real_q ? A(0) : NORM ? A(widen(doh[(long long)i * M + a])) * inv[head * N + i] : A(widen(doh[(long long)i * M + a])); },
+      [&](int i) { return i < real_q ? dden[head * N + i] : A(0); },
+      [&](int, int j, int a) { return j < real_k ? A(widen(vh[(long long)j * M + a])) : A(0); },
+      [&](int, int j, int c) { return j < real_k && column + c < D ? phi<FEATURE>(A(widen(kh[(long long)j * D + column + c]))) : A(0); },
+      [&](int, int j) { return j < real_k ? A(1) : A(0); },
+      [&](int a, int c) { return column + c < D ? state[(column + c) * M + a] : A(0); },
+      [&](int c) { return column + c < D ? state[D * M + column + c] : A(0); },
+      [&](int) { return A(0); },
+      [&](int i, int c, A (&o)[4], A) {
+        if (i >= last) return;
+#pragma unroll
+        for (int b = 0; b < 4; ++b)
+          o[b] = i < real_q && column + c + b < D ? o[b] * scale * phi_slope<FEATURE>(A(widen(qh[(long long)i * D + column + c + b]))) : A(0);
+        put4<D>(dq + (head * N + i) * D, column + c, o);
+      });
+}
+
+// dk_i = φ'(k_i) ⊙ R_i [v_i | 1], over the query heads that share the key
+template <typename T, int D, int M, int C, int VT, int FEATURE, bool NORM>
+__global__ void __launch_bounds__(THREADS, 2) group_dk(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
+                                                       const T* __restrict__ dout, const Sum<T>* __restrict__ states,
+                                                       const Sum<T>* __restrict__ inv, const Sum<T>* __restrict__ dden, T* __restrict__ dk,
+                                                       const int* __restrict__ query_lengths, const int* __restrict__ key_lengths, int N,
+                                                       int groups, int rows, int shared, Sum<T> scale) {
+  typedef Sum<T> A;
+  extern __shared__ __align__(16) unsigned char bytes[];
+  const long long kv = blockIdx.x / groups, group = blockIdx.x % groups, head = kv * shared;
+  const int column = blockIdx.y * VT, first = (int)(group * rows), last = min(first + rows, N), real_k = real_rows(key_lengths, kv, N);
+  const A* state = states + (head * groups + group) * (D * M + D);
+  const T *kh = k + kv * N * D, *vh = v + kv * N * M;
+  walk<A, C, M, VT, NORM, false, true>(
+      bytes, first, last, shared,
+      [&](int i, int a) { return i < real_k ? A(widen(vh[(long long)i * M + a])) : A(0); },
+      [&](int i) { return i < real_k ? A(1) : A(0); },
+      [&](int g, int j, int a) {
+        if (j >= real_rows(query_lengths, head + g, N)) return A(0);
+        const A x = widen(dout[((head + g) * N + j) * M + a]);
+        return NORM ? x * inv[(head + g) * N + j] : x;
+      },
+      [&](int g, int j, int c) {
+        return j < real_rows(query_lengths, head + g, N) && column + c < D ? scale * phi<FEATURE>(A(widen(q[((head + g) * N + j) * D + column + c]))) : A(0);
+      },
+      [&](int g, int j) { return j < real_rows(query_lengths, head + g, N) ? dden[(head + g) * N + j] : A(0); },
+      [&](int a, int c) { return column + c < D ? state[(column + c) * M + a] : A(0); },
+      [&](int c) { return column + c < D ? state[D * M + column + c] : A(0); },
+      [&](int) { return A(0); },
+      [&](int i, int c, A (&o)[4], A) {
+        if (i >= last) return;
+#pragma unroll
+        for (int b = 0; b < 4; ++b)
+          o[b] = i < real_k && column + c + b < D ? o[b] * phi_slope<FEATURE>(A(widen(kh[(long long)i * D + column + c + b]))) : A(0);
+        put4<D>(dk + (kv * N + i) * D, column + c, o);
+      });
+}
+
+// dv_i = R_iᵀ φ(k_i), over the query heads that share the value
+template <typename T, int D, int M, int C, int VT, int FEATURE, bool NORM>
+__global__ void __launch_bounds__(THREADS, 2) group_dv(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ dout,
+                                                       const Sum<T>* __restrict__ states, const Sum<T>* __restrict__ inv, T* __restrict__ dv,
+                                                       const int* __restrict__ query_lengths, const int* __restrict__ key_lengths, int N,
+                                                       int groups, int rows, int shared, Sum<T> scale) {
+  typedef Sum<T> A;
+  extern __shared__ __align__(16) unsigned char bytes[];
+  const long long kv = blockIdx.x / groups, group = blockIdx.x % groups, head = kv * shared;
+  const int column = blockIdx.y * VT, first = (int)(group * rows), last = min(first + rows, N), real_k = real_rows(key_lengths, kv, N);
+  const A* state = states + (head * groups + group) * (D * M + D);
+  const T* kh = k + kv * N * D;
+  walk<A, C, D, VT, false, false, true>(
+      bytes, first, last, shared,
+      [&](int i, int a) { return i < real_k ? phi<FEATURE>(A(widen(kh[(long long)i * D + a]))) : A(0); },
+      [&](int) { return A(0); },
+      [&](int g, int j, int a) {
+        return j < real_rows(query_lengths, head + g, N) ? scale * phi<FEATURE>(A(widen(q[((head + g) * N + j) * D + a]))) : A(0);
+      },
+      [&](int g, int j, int c) {
+        if (j >= real_rows(query_lengths, head + g, N) || column + c >= M) return A(0);
+        const A x = widen(dout[((head + g) * N + j) * M + column + c]);
+        return NORM ? x * inv[(head + g) * N + j] : x;
+      },
+      [&](int, int) { return A(0); },
+      [&](int a, int c) { return column + c < M ? state[a * M + column + c] : A(0); },
+      [&](int) { return A(0); },
+      [&](int) { return A(0); },
+      [&](int i, int c, A (&o)[4], A) {
+        if (i < last) put4<M>(dv + (kv * N + i) * M, column + c, o);
+      });
+}
