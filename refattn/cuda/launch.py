@@ -65,7 +65,7 @@ def walk_bytes(width: int, tile: Tile, itemsize: int) -> int:
     """Shared memory of group_outputs, group_dq, group_dk and group_dv: x, y, z, the state, the scores, and a few rows of numbers."""
     C, columns = tile
     wide = columns + 4 if columns < 32 else columns
-    numbers = 2 * C * (_up(width, 32) + 4) + C * wide + _up(width, 4) * wide + C * (C + C // 2) + 3 * C + columns + width
+    numbers = 2 * C * (_up(width, 32) + 4) + C * wide + _up(width, 4) * (columns + 4) + C * (C + C // 2) + 3 * C + columns + width
     return numbers * itemsize
 
 

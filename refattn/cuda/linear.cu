@@ -249,16 +249,17 @@ __global__ void __launch_bounds__(THREADS) scan_states(A* __restrict__ states, c
 //
 // (x | e) and (y | f) have one feature more if EXTRA, and s is its row of the state; den, the same sum with ones in the place of z and
 // n in that of S, only if NORM. REVERSE: j ≥ i. `shared` sets of y, z, f, numbered g, are summed over. The functions:
-// x(i, a), e(i); y(g, j, a), z(g, j, c), f(g, j); S(a, c), s(c), n(a), the state before the group; store(i, c, o, den) takes four columns.
+// x(i, a), e(i); y(g, j, a), z(g, j, c), f(g, j); s(c), n(a), and S(tile) that fills a tile with the state before the group;
+// store(i, c, o, den) takes four columns.
 template <typename A, int C, int W, int VT, bool EXTRA, bool NORM, bool REVERSE, class X, class E, class Y, class Z, class F, class S,
           class SE, class SN, class Store>
 __device__ __forceinline__ void walk(unsigned char* bytes, int first, int last, int shared, X x, E e, Y y, Z z, F f, S S0, SE s0, SN n0, Store store) {
-  constexpr int LD = STRIDE<W>, LDZ = WIDE<VT>, LDP = SCORES<C>, H = C / 2, WP = up(W, 4), TILES = H * (VT / 4);
+  constexpr int LD = STRIDE<W>, LDZ = WIDE<VT>, LDS = STATE<VT>, LDP = SCORES<C>, H = C / 2, WP = up(W, 4), TILES = H * (VT / 4);
   static_assert(TILES <= THREADS && H * H <= THREADS && W <= THREADS, "a thread has one tile of 2 x 4 outputs and one of 2 x 2 scores");
-  A *xs = reinterpret_cast<A*>(bytes), *ys = xs + C * LD, *zs = ys + C * LD, *state = zs + C * LDZ, *scores = state + WP * LDZ;
-  A *es = scores + C * LDP, *fs = es + C, *den = fs + C, *s = den + C, *n = s + VT;
+  A *xs = reinterpret_cast<A*>(bytes), *ys = xs + C * LD, *zs = ys + C * LD, *state = zs + C * LDZ, *scores = state + WP * LDS;
+  A *s = scores + C * LDP, *es = s + VT, *fs = es + C, *den = fs + C, *n = den + C;
   const int t = threadIdx.x, c = t % (VT / 4) * 4, i = t / (VT / 4), lane = t % 32;
-  fill<WP, VT, LDZ>(state, [&](int a, int c) { return a < W ? S0(a, c) : A(0); });
+  S0(state);
   if (EXTRA && t < VT) s[t] = s0(t);
   if (NORM && t < W) n[t] = n0(t);
   clear_beyond<C, W, LD>(xs);
@@ -271,10 +272,13 @@ __device__ __forceinline__ void walk(unsigned char* bytes, int first, int last, 
     __syncthreads();
     A o[2][4] = {};
     if (t < TILES) {
-      rows_times<H, WP, LD, LDZ>(xs, state, i, c, o);
-      if constexpr (EXTRA)
+      rows_times<H, WP, LD, LDS>(xs, state, i, c, o);
+      if constexpr (EXTRA) {
+        A more[4];
+        read4(s + c, more);
 #pragma unroll
-        for (int b = 0; b < 4; ++b) o[0][b] += es[i] * s[c + b], o[1][b] += es[i + H] * s[c + b];
+        for (int b = 0; b < 4; ++b) o[0][b] += es[i] * more[b], o[1][b] += es[i + H] * more[b];
+      }
     }
     for (int g = 0; g < shared; ++g) {
       fill<C, W, LD>(ys, [&](int r, int a) { return y(g, start + r, a); });
@@ -307,10 +311,10 @@ __device__ __forceinline__ void walk(unsigned char* bytes, int first, int last, 
         const int a = tile / (VT / 4) * 4, b = tile % (VT / 4) * 4;
         A more[4][4];
 #pragma unroll
-        for (int u = 0; u < 4; ++u) read4(state + (a + u) * LDZ + b, more[u]);
+        for (int u = 0; u < 4; ++u) read4(state + (a + u) * LDS + b, more[u]);
         columns_times<C, LD, LDZ>(ys, zs, a, b, more);
 #pragma unroll
-        for (int u = 0; u < 4; ++u) write4(state + (a + u) * LDZ + b, more[u]);
+        for (int u = 0; u < 4; ++u) write4(state + (a + u) * LDS + b, more[u]);
       }
       if (EXTRA && t < VT) {
         A more = s[t];
@@ -351,7 +355,9 @@ __global__ void __launch_bounds__(THREADS, 2) group_outputs(const T* __restrict_
       [&](int, int j, int a) { return j < real_k ? phi<FEATURE>(A(widen(kh[(long long)j * D + a]))) : A(0); },
       [&](int, int j, int c) { return j < real_k && column + c < M ? A(widen(vh[(long long)j * M + column + c])) : A(0); },
       [&](int, int) { return A(0); },
-      [&](int a, int c) { return column + c < M ? state[a * M + column + c] : A(0); },
+      [&](A* tile) {
+        fill<up(D, 4), VT, STATE<VT>>(tile, [&](int a, int c) { return a < D && column + c < M ? state[a * M + column + c] : A(0); });
+      },
       [&](int) { return A(0); },
       [&](int a) { return state[D * M + a]; },
       [&](int i, int c, A (&o)[4], A den) {
@@ -403,14 +409,15 @@ __global__ void __launch_bounds__(THREADS, 2) group_dq(const T* __restrict__ q, 
       [&](int, int j, int a) { return j < real_k ? A(widen(vh[(long long)j * M + a])) : A(0); },
       [&](int, int j, int c) { return j < real_k && column + c < D ? phi<FEATURE>(A(widen(kh[(long long)j * D + column + c]))) : A(0); },
       [&](int, int j) { return j < real_k ? A(1) : A(0); },
-      [&](int a, int c) { return column + c < D ? state[(column + c) * M + a] : A(0); },
+      [&](A* tile) { fill_transposed<M, D, VT, STATE<VT>>(tile, state, column); },
       [&](int c) { return column + c < D ? state[D * M + column + c] : A(0); },
       [&](int) { return A(0); },
       [&](int i, int c, A (&o)[4], A) {
         if (i >= last) return;
+        A x[4] = {};
+        if (FEATURE && i < real_q) get4<D>(qh + (long long)i * D, column + c, x);
 #pragma unroll
-        for (int b = 0; b < 4; ++b)
-          o[b] = i < real_q && column + c + b < D ? o[b] * scale * phi_slope<FEATURE>(A(widen(qh[(long long)i * D + column + c + b]))) : A(0);
+        for (int b = 0; b < 4; ++b) o[b] = i < real_q ? o[b] * scale * phi_slope<FEATURE>(x[b]) : A(0);
         put4<D>(dq + (head * N + i) * D, column + c, o);
       });
 }
@@ -441,14 +448,15 @@ __global__ void __launch_bounds__(THREADS, 2) group_dk(const T* __restrict__ q, 
         return j < real_rows(query_lengths, head + g, N) && column + c < D ? scale * phi<FEATURE>(A(widen(q[((head + g) * N + j) * D + column + c]))) : A(0);
       },
       [&](int g, int j) { return j < real_rows(query_lengths, head + g, N) ? dden[(head + g) * N + j] : A(0); },
-      [&](int a, int c) { return column + c < D ? state[(column + c) * M + a] : A(0); },
+      [&](A* tile) { fill_transposed<M, D, VT, STATE<VT>>(tile, state, column); },
       [&](int c) { return column + c < D ? state[D * M + column + c] : A(0); },
       [&](int) { return A(0); },
       [&](int i, int c, A (&o)[4], A) {
         if (i >= last) return;
+        A x[4] = {};
+        if (FEATURE && i < real_k) get4<D>(kh + (long long)i * D, column + c, x);
 #pragma unroll
-        for (int b = 0; b < 4; ++b)
-          o[b] = i < real_k && column + c + b < D ? o[b] * phi_slope<FEATURE>(A(widen(kh[(long long)i * D + column + c + b]))) : A(0);
+        for (int b = 0; b < 4; ++b) o[b] = i < real_k ? o[b] * phi_slope<FEATURE>(x[b]) : A(0);
         put4<D>(dk + (kv * N + i) * D, column + c, o);
       });
 }
@@ -478,7 +486,9 @@ __global__ void __launch_bounds__(THREADS, 2) group_dv(const T* __restrict__ q, 
         return NORM ? x * inv[(head + g) * N + j] : x;
       },
       [&](int, int) { return A(0); },
-      [&](int a, int c) { return column + c < M ? state[a * M + column + c] : A(0); },
+      [&](A* tile) {
+        fill<up(D, 4), VT, STATE<VT>>(tile, [&](int a, int c) { return a < D && column + c < M ? state[a * M + column + c] : A(0); });
+      },
       [&](int) { return A(0); },
       [&](int) { return A(0); },
       [&](int i, int c, A (&o)[4], A) {

@@ -23,9 +23,11 @@ template <> __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float
 
 __host__ __device__ constexpr int up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-// Strides: 8 rows of a tile, read 16 bytes each, lie in 8 different groups of banks; so do the scores that a warp writes
+// Strides: 8 rows of a tile, read 16 bytes each, lie in 8 different groups of banks; so do the scores that a warp writes, and the rows of
+// the state, 4 apart, that a transposed read fills
 template <int W> constexpr int STRIDE = up(W, 32) + 4;
 template <int V> constexpr int WIDE = V < 32 ? V + 4 : V;
+template <int V> constexpr int STATE = V + 4;
 template <int C> constexpr int SCORES = C + C / 2;
 
 template <typename A> __device__ __forceinline__ void read4(const A* p, A (&x)[4]);
@@ -62,9 +64,46 @@ template <int W, typename T, typename A> __device__ __forceinline__ void put4(T*
   }
 }
 
+// Four numbers side by side, read as they are written; 0 beyond the end of the row
+template <int W, typename T, typename A> __device__ __forceinline__ void get4(const T* row, int c, A (&x)[4]) {
+  if constexpr (W % 4 == 0) {
+    __align__(16) T y[4] = {};
+    if (c < W) {
+      if constexpr (sizeof(T) == 2) *reinterpret_cast<uint2*>(y) = *reinterpret_cast<const uint2*>(row + c);
+      else read4(row + c, y);
+    }
+#pragma unroll
+    for (int b = 0; b < 4; ++b) x[b] = widen(y[b]);
+  } else {
+#pragma unroll
+    for (int b = 0; b < 4; ++b) x[b] = c + b < W ? A(widen(row[c + b])) : A(0);
+  }
+}
+
 // tile[r][c] = value(r, c) for C rows of W columns, neighbouring threads on neighbouring columns
 template <int C, int W, int LD, typename A, class Value> __device__ __forceinline__ void fill(A* tile, Value value) {
   for (int i = threadIdx.x; i < C * W; i += THREADS) tile[i / W * LD + i % W] = value(i / W, i % W);
+}
+
+// tile[a][c] = rows[column + c][a] for `rows` of W numbers, V of them; 0 beyond. Two threads read a sector of 32 bytes of a row, and each
+// turns 4 × 4 numbers over.
+template <int W, int V, int VT, int LD, typename A> __device__ __forceinline__ void fill_transposed(A* tile, const A* rows, int column) {
+  if constexpr (W % 8 == 0) {
+    for (int t = threadIdx.x; t < W / 4 * (VT / 4); t += THREADS) {
+      const int c = t / 2 % (VT / 4) * 4, a = (t / 2 / (VT / 4) * 2 + t % 2) * 4;
+      A x[4][4] = {};
+#pragma unroll
+      for (int u = 0; u < 4; ++u)
+        if (column + c + u < V) read4(rows + (column + c + u) * W + a, x[u]);
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const A y[4] = {x[0][w], x[1][w], x[2][w], x[3][w]};
+        write4(tile + (a + w) * LD + c, y);
+      }
+    }
+  } else {
+    fill<up(W, 4), VT, LD>(tile, [&](int a, int c) { return a < W && column + c < V ? rows[(column + c) * W + a] : A(0); });
+  }
 }
 
 // Columns that only round a row up to a multiple of 4 are 0 once and for all
