@@ -7,7 +7,7 @@ The array module comes with the call: CuPy, or its stand-in `refattn.simt.cupy`,
 
 Backward: the states before each group are kept (N / rows of them), so
 
-    quotient_transpose  →  group_dq;     group_states of G  →  scan_states from the end  →  group_dk, group_dv
+    group_dq  →  group_states of φ(q) and G  →  scan_states from the end  →  group_dk_dv, or group_dk and group_dv where D or M is over 64
 
 Shapes are those of `causal`: q (..., G·H, N, D), k (..., H, N, D), v (..., H, N, M), S (..., H, D, M), z (..., H, D). Nothing is checked here but
 what CUDA limits; `causal_linear_attention` and `recurrence` check the rest.
@@ -28,7 +28,7 @@ Residuals = tuple[Any, ...]
 THREADS = 256
 GROUP_ROWS = 512, 256             # positions that one block walks through: the longer, the less is moved; the shorter, the more blocks there are
 BLOCKS_WANTED = 256
-LARGEST = 256                     # features that a kernel can have
+BOTH_ROWS = 16                    # positions at a time where one kernel makes dk and dv
 STATIC_SHARED = 48 << 10          # more shared memory than this a kernel must ask for
 C_TYPES = {"float32": "float", "float64": "double", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 NULL = np.uint64(0)
@@ -69,6 +69,17 @@ def walk_bytes(width: int, tile: Tile, itemsize: int) -> int:
     return numbers * itemsize
 
 
+def both_at_once(D: int, M: int, itemsize: int) -> bool:
+    """Whether dk and dv are one kernel: where its state leaves room for two blocks on a multiprocessor."""
+    return max(D, M) <= 64 and itemsize == 4
+
+
+def both_bytes(D: int, M: int, itemsize: int) -> int:
+    """Shared memory of group_dk_dv: k, q, v, G, the state, two sets of scores, and two rows of numbers."""
+    wide_d, wide_m, C = _up(D, 32), _up(M, 32), BOTH_ROWS
+    return (2 * C * (wide_d + wide_m + 8) + wide_d * (wide_m + 4) + 2 * C * (C + C // 2) + wide_d + C) * itemsize
+
+
 def state_bytes(width: int, tile: Tile, itemsize: int) -> int:
     """Shared memory of group_states: y, z, and one number a row."""
     C, columns = tile
@@ -83,11 +94,6 @@ def group_rows(heads: int, N: int) -> int:
     return rows
 
 
-def fits(D: int, M: int) -> bool:
-    """Whether the kernels have instances for these sizes."""
-    return 1 <= D <= LARGEST and 1 <= M <= LARGEST
-
-
 def names(dtype: str, D: int, M: int, feature: int, normalised: bool) -> dict[str, str]:
     """The instances that one call of forward and backward needs: kernel → name expression."""
     T, size = C_TYPES[dtype], 8 if dtype == "float64" else 4
@@ -96,9 +102,9 @@ def names(dtype: str, D: int, M: int, feature: int, normalised: bool) -> dict[st
     return {
         "group_states": f"group_states<{over_d}, false>", "group_costates": f"group_states<{over_d}, true>",
         "scan_states": f"scan_states<{'double' if size == 8 else 'float'}>", "group_outputs": f"group_outputs<{over_d}>",
-        "quotient_transpose": f"quotient_transpose<{T}, {M}>",
-        "group_dq": f"group_dq<{over_m}>", "group_dk": f"group_dk<{over_m}>", "group_dv": f"group_dv<{over_d}>",
-        "causal_step": f"causal_step<{T}, {D}, {M}, {flags}>",
+        "group_dq": f"group_dq<{over_m}>", "causal_step": f"causal_step<{T}, {D}, {M}, {flags}>",
+        **({"group_dk_dv": f"group_dk_dv<{T}, {D}, {M}, {BOTH_ROWS}, {flags}>"} if both_at_once(D, M, size) else
+           {"group_dk": f"group_dk<{over_m}>", "group_dv": f"group_dv<{over_d}>"}),
     }
 
 
@@ -157,18 +163,18 @@ def causal_backward(xp: Any, dout: Array, dS: Array | None, dz: Array | None,
         number, i4 = states.dtype.type, np.int32
         lengths = _or_null(query_lengths), _or_null(key_lengths)
         shape = i4(N), i4(groups), i4(rows), i4(shared), number(scale)
-        quotient: tuple[Any, Any] = NULL, NULL
-        if normalised:
-            quotient = inv, xp.empty_like(inv)
-            kernels.launch("quotient_transpose", (-(-heads * N // (THREADS // 32)),), 0,
-                           dout, out, *quotient, lengths[0], np.int64(heads), i4(N))
+        quotient = (inv, xp.empty_like(inv)) if normalised else (NULL, NULL)
         costates = xp.empty((heads, groups, D * M + D), dtype=acc)
         kernels.launch("group_dq", (heads * groups, -(-D // over_m.columns)), walk_bytes(M, over_m, size),
-                       q, k, v, dout, states, *quotient, dq, *lengths, *shape)
+                       q, k, v, dout, out, states, *quotient, dq, *lengths, *shape)
         kernels.launch("group_costates", (heads * groups, -(-M // over_d.columns)), state_bytes(D, over_d, size),
                        q, dout, *quotient, costates, lengths[0], i4(N), i4(groups), i4(rows), number(scale))
         kernels.launch("scan_states", (kv, -(-(D * M + D) // THREADS)), 0,
                        costates, end_S, end_z, dS, dz, i4(groups), i4(shared), i4(D * M), i4(D), i4(1))
+        if both_at_once(D, M, size):
+            kernels.launch("group_dk_dv", (kv * groups,), both_bytes(D, M, size),
+                           q, k, v, dout, costates, *quotient, dk, dv, *lengths, *shape)
+            return dq, dk, dv, dS, dz
         kernels.launch("group_dk", (kv * groups, -(-D // over_m.columns)), walk_bytes(M, over_m, size),
                        q, k, v, dout, costates, *quotient, dk, *lengths, *shape)
         kernels.launch("group_dv", (kv * groups, -(-M // over_d.columns)), walk_bytes(D, over_d, size),
@@ -209,8 +215,9 @@ def _kernels(xp: Any, device: int, dtype: str, D: int, M: int, feature: int, nor
     size = 8 if dtype == "float64" else 4
     for name, function in functions.items():
         width, columns = (M, D) if name in ("group_dq", "group_dk") else (D, M)
-        if name.startswith("group_") and walk_bytes(width, tile(width, columns, size), size) > STATIC_SHARED:
-            function.max_dynamic_shared_size_bytes = walk_bytes(width, tile(width, columns, size), size)
+        needed = both_bytes(D, M, size) if name == "group_dk_dv" else walk_bytes(width, tile(width, columns, size), size)
+        if name.startswith("group_") and needed > STATIC_SHARED:
+            function.max_dynamic_shared_size_bytes = needed
     return Kernels(functions)
 
 

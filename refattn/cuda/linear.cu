@@ -8,12 +8,12 @@
 // | group_states       | (a) each group's own Σ_j k_j v_jᵀ and Σ_j k_j                   | some chunks: a group, some columns     |
 // | scan_states        | (b) what precedes each group: exclusive sums, from either end   | 256 numbers of the states of a head    |
 // | group_outputs      | (c) out from the state before the group (eq. 12)                | as (a)                                 |
-// | quotient_transpose | dden_i = -(do_i·out_i) / (den_i + ε)                            | 8 rows                                 |
-// | group_dq           | dφ(q)_i = S_i G_i  (eq. 13), then φ'(q)ᵀ                        | as (a)                                 |
-// | group_dk           | dφ(k)_i = R_i [v_i | 1]  (eq. 14), then φ'(k)ᵀ                  | as (a)                                 |
+// | group_dq           | dden_i = -(do_i·out_i) / (den_i + ε), dφ(q)_i = S_i G_i (eq. 13) | as (a)                                 |
+// | group_dk           | dφ(k)_i = R_i [v_i | 1]  (eq. 14)                               | as (a)                                 |
 // | group_dv           | dv_i = R_iᵀ φ(k_i)  (eq. 15)                                    | as (a)                                 |
+// | group_dk_dv        | both at once, for D and M up to 64: q, k, v, do are read once    | some chunks: a group                   |
 //
-// Backward: G = [do / (den + ε) | dden], R_i = dS_N + Σ_{j≥i} φ(q_j) G_jᵀ, and the last four kernels are (c) with other operands: with
+// Backward: G = [do / (den + ε) | dden], R_i = dS_N + Σ_{j≥i} φ(q_j) G_jᵀ, and (eq. 13-15) are (c) with other operands: with
 //
 //     o_i = Sᵀ x_i + Σ_{j≤i} (x_i·y_j) z_j          x, y, z, S:    q, k, v, S      G, v, k, Sᵀ      v, G, q, Rᵀ      k, q, G, R
 //
@@ -249,7 +249,8 @@ __global__ void __launch_bounds__(THREADS) scan_states(A* __restrict__ states, c
 //
 // (x | e) and (y | f) have one feature more if EXTRA, and s is its row of the state; den, the same sum with ones in the place of z and
 // n in that of S, only if NORM. REVERSE: j ≥ i. `shared` sets of y, z, f, numbered g, are summed over. The functions:
-// x(i, a), e(i); y(g, j, a), z(g, j, c), f(g, j); s(c), n(a), and S(tile) that fills a tile with the state before the group;
+// x(i, a); e(start, xs, es), which fills es from the tile xs of x; y(g, j, a), z(g, j, c), f(g, j); s(c), n(a), and S(tile), which fills a
+// tile with the state before the group;
 // store(i, c, o, den) takes four columns.
 template <typename A, int C, int W, int VT, bool EXTRA, bool NORM, bool REVERSE, class X, class E, class Y, class Z, class F, class S,
           class SE, class SN, class Store>
@@ -268,8 +269,11 @@ __device__ __forceinline__ void walk(unsigned char* bytes, int first, int last, 
   for (int step = 0; step < chunks; ++step) {
     const int start = first + (REVERSE ? chunks - 1 - step : step) * C;
     fill<C, W, LD>(xs, [&](int r, int a) { return x(start + r, a); });
-    if (EXTRA && t < C) es[t] = e(start + t);
     __syncthreads();
+    if constexpr (EXTRA) {
+      e(start, xs, es);
+      __syncthreads();
+    }
     A o[2][4] = {};
     if (t < TILES) {
       rows_times<H, WP, LD, LDS>(xs, state, i, c, o);
@@ -351,7 +355,7 @@ __global__ void __launch_bounds__(THREADS, 2) group_outputs(const T* __restrict_
   walk<A, C, D, VT, false, NORM, false>(
       bytes, first, last, 1,
       [&](int i, int a) { return i < real_q ? scale * phi<FEATURE>(A(widen(qh[(long long)i * D + a]))) : A(0); },
-      [&](int) { return A(0); },
+      [](int, const A*, A*) {},
       [&](int, int j, int a) { return j < real_k ? phi<FEATURE>(A(widen(kh[(long long)j * D + a]))) : A(0); },
       [&](int, int j, int c) { return j < real_k && column + c < M ? A(widen(vh[(long long)j * M + column + c])) : A(0); },
       [&](int, int) { return A(0); },
@@ -372,27 +376,12 @@ __global__ void __launch_bounds__(THREADS, 2) group_outputs(const T* __restrict_
       });
 }
 
-// dden_i = -(do_i·out_i) / (den_i + ε), a warp for each row
-template <typename T, int M>
-__global__ void __launch_bounds__(THREADS) quotient_transpose(const T* __restrict__ dout, const T* __restrict__ out, const Sum<T>* __restrict__ inv,
-                                                              Sum<T>* __restrict__ dden, const int* __restrict__ query_lengths, long long heads,
-                                                              int N) {
-  typedef Sum<T> A;
-  const long long row = (long long)blockIdx.x * WARPS + threadIdx.x / 32;
-  if (row >= heads * N) return;
-  const bool real = row % N < real_rows(query_lengths, row / N, N);
-  A sum = 0;
-  if (real)
-    for (int c = threadIdx.x % 32; c < M; c += 32) sum += A(widen(dout[row * M + c])) * A(widen(out[row * M + c]));
-  sum = warp_sum(sum);
-  if (threadIdx.x % 32 == 0) dden[row] = real ? -sum * inv[row] : A(0);
-}
-
-// dq_i = φ'(q_i) ⊙ scale·S_i G_i
+// dq_i = φ'(q_i) ⊙ scale·S_i G_i, and dden, which the other two need
 template <typename T, int D, int M, int C, int VT, int FEATURE, bool NORM>
 __global__ void __launch_bounds__(THREADS, 2) group_dq(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
-                                                       const T* __restrict__ dout, const Sum<T>* __restrict__ states,
-                                                       const Sum<T>* __restrict__ inv, const Sum<T>* __restrict__ dden, T* __restrict__ dq,
+                                                       const T* __restrict__ dout, const T* __restrict__ out,
+                                                       const Sum<T>* __restrict__ states, const Sum<T>* __restrict__ inv,
+                                                       Sum<T>* __restrict__ dden, T* __restrict__ dq,
                                                        const int* __restrict__ query_lengths, const int* __restrict__ key_lengths, int N,
                                                        int groups, int rows, int shared, Sum<T> scale) {
   typedef Sum<T> A;
@@ -401,11 +390,22 @@ __global__ void __launch_bounds__(THREADS, 2) group_dq(const T* __restrict__ q, 
   const int column = blockIdx.y * VT, first = (int)(group * rows), last = min(first + rows, N);
   const int real_q = real_rows(query_lengths, head, N), real_k = real_rows(key_lengths, kv, N);
   const A* state = states + (kv * groups + group) * (D * M + D);
-  const T *qh = q + head * N * D, *kh = k + kv * N * D, *vh = v + kv * N * M, *doh = dout + head * N * M;
+  const T *qh = q + head * N * D, *kh = k + kv * N * D, *vh = v + kv * N * M, *doh = dout + head * N * M, *outh = out + head * N * M;
   walk<A, C, M, VT, NORM, false, false>(
       bytes, first, last, 1,
       [&](int i, int a) { return i >= real_q ? A(0) : NORM ? A(widen(doh[(long long)i * M + a])) * inv[head * N + i] : A(widen(doh[(long long)i * M + a])); },
-      [&](int i) { return i < real_q ? dden[head * N + i] : A(0); },
+      [&](int start, const A* xs, A* es) {                              // dden of each row, by a warp: x holds do / (den + ε)
+        for (int r = threadIdx.x / 32; r < C; r += WARPS) {
+          A sum = 0;
+          if (start + r < real_q)
+            for (int a = threadIdx.x % 32; a < M; a += 32) sum -= xs[r * STRIDE<M> + a] * A(widen(outh[(long long)(start + r) * M + a]));
+          sum = warp_sum(sum);
+          if (threadIdx.x % 32 == 0) {
+            es[r] = sum;
+            if (column == 0 && start + r < last) dden[head * N + start + r] = sum;
+          }
+        }
+      },
       [&](int, int j, int a) { return j < real_k ? A(widen(vh[(long long)j * M + a])) : A(0); },
       [&](int, int j, int c) { return j < real_k && column + c < D ? phi<FEATURE>(A(widen(kh[(long long)j * D + column + c]))) : A(0); },
       [&](int, int j) { return j < real_k ? A(1) : A(0); },
@@ -438,7 +438,9 @@ __global__ void __launch_bounds__(THREADS, 2) group_dk(const T* __restrict__ q, 
   walk<A, C, M, VT, NORM, false, true>(
       bytes, first, last, shared,
       [&](int i, int a) { return i < real_k ? A(widen(vh[(long long)i * M + a])) : A(0); },
-      [&](int i) { return i < real_k ? A(1) : A(0); },
+      [&](int start, const A*, A* es) {
+        if (threadIdx.x < C) es[threadIdx.x] = start + (int)threadIdx.x < real_k ? A(1) : A(0);
+      },
       [&](int g, int j, int a) {
         if (j >= real_rows(query_lengths, head + g, N)) return A(0);
         const A x = widen(dout[((head + g) * N + j) * M + a]);
@@ -476,7 +478,7 @@ __global__ void __launch_bounds__(THREADS, 2) group_dv(const T* __restrict__ q, 
   walk<A, C, D, VT, false, false, true>(
       bytes, first, last, shared,
       [&](int i, int a) { return i < real_k ? phi<FEATURE>(A(widen(kh[(long long)i * D + a]))) : A(0); },
-      [&](int) { return A(0); },
+      [](int, const A*, A*) {},
       [&](int g, int j, int a) {
         return j < real_rows(query_lengths, head + g, N) ? scale * phi<FEATURE>(A(widen(q[((head + g) * N + j) * D + a]))) : A(0);
       },
@@ -494,4 +496,138 @@ __global__ void __launch_bounds__(THREADS, 2) group_dv(const T* __restrict__ q, 
       [&](int i, int c, A (&o)[4], A) {
         if (i < last) put4<M>(dv + (kv * N + i) * M, column + c, o);
       });
+}
+
+// dk and dv at once. Threads 0 … 127 have dk: thread (i, d) rows i, i + C/2 of columns d, d + VD/4, …, so that R serves as it lies,
+//
+//     dφ(k)_i[d] = Σ_m v_i[m] R[d][m] + r[d] + Σ_{j≥i} (v_i·G_j + dden_j) φ(q_j)[d]
+//
+// and the others dv: rows i, i + C/2 of four columns of dv_i = Rᵀ φ(k_i) + Σ_{j≥i} (φ(k_i)·φ(q_j)) G_j. Both update R and r.
+template <typename T, int D, int M, int C, int FEATURE, bool NORM>
+__global__ void __launch_bounds__(THREADS, 2) group_dk_dv(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
+                                                          const T* __restrict__ dout, const Sum<T>* __restrict__ states,
+                                                          const Sum<T>* __restrict__ inv, const Sum<T>* __restrict__ dden,
+                                                          T* __restrict__ dk, T* __restrict__ dv, const int* __restrict__ query_lengths,
+                                                          const int* __restrict__ key_lengths, int N, int groups, int rows, int shared,
+                                                          Sum<T> scale) {
+  typedef Sum<T> A;
+  extern __shared__ __align__(16) unsigned char bytes[];
+  constexpr int H = C / 2, VD = up(D, 32), VM = up(M, 32), LDK = STRIDE<D>, LDV = STRIDE<M>, LDP = SCORES<C>, HALF = THREADS / 2;
+  static_assert(H * (VD / 4) <= HALF && H * (VM / 4) <= HALF && H * H <= HALF, "a thread has one tile of dk or of dv");
+  A *ks = reinterpret_cast<A*>(bytes), *qs = ks + C * LDK, *vs = qs + C * LDK, *gs = vs + C * LDV, *R = gs + C * LDV;
+  A *scores_k = R + VD * LDV, *scores_v = scores_k + C * LDP, *r = scores_v + C * LDP, *fs = r + VD;
+  const long long kv = blockIdx.x / groups, group = blockIdx.x % groups, head = kv * shared;
+  const int first = (int)(group * rows), last = min(first + rows, N), real_k = real_rows(key_lengths, kv, N), chunks = (last - first + C - 1) / C;
+  const bool for_k = threadIdx.x < HALF;
+  const int t = threadIdx.x % HALF, row = t / H, col = t % H;
+  const int nth = for_k ? t / (VD / 4) : t / (VM / 4), c = for_k ? t % (VD / 4) : t % (VM / 4) * 4;
+  const int i = nth % 2 * (H / 2) + nth / 2;                            // rows 4 apart in the halves of a warp: other banks
+  const bool busy = nth < H;
+  const A* state = states + (head * groups + group) * (D * M + D);
+  // Columns beyond D and M are 0 up to a multiple of 32, and stay so
+  fill<C, VD, LDK>(ks, [&](int, int) { return A(0); });
+  fill<C, VD, LDK>(qs, [&](int, int) { return A(0); });
+  fill<C, VM, LDV>(vs, [&](int, int) { return A(0); });
+  fill<C, VM, LDV>(gs, [&](int, int) { return A(0); });
+  fill<VD, VM, LDV>(R, [&](int a, int b) { return a < D && b < M ? state[a * M + b] : A(0); });
+  if (threadIdx.x < VD) r[threadIdx.x] = threadIdx.x < D ? state[D * M + threadIdx.x] : A(0);
+  for (int step = chunks - 1; step >= 0; --step) {
+    const int start = first + step * C;
+    __syncthreads();
+    fill<C, D, LDK>(ks, [&](int j, int a) { return start + j < real_k ? phi<FEATURE>(A(widen(k[(kv * N + start + j) * D + a]))) : A(0); });
+    fill<C, M, LDV>(vs, [&](int j, int a) { return start + j < real_k ? A(widen(v[(kv * N + start + j) * M + a])) : A(0); });
+    __syncthreads();
+    A o[2][4] = {};
+    if (for_k && busy) {
+#pragma unroll
+      for (int b = 0; b < 4; ++b)
+        if constexpr (NORM) o[0][b] = o[1][b] = r[c + b * (VD / 4)];
+#pragma unroll 2
+      for (int m = 0; m < VM; m += 4) {
+        A x[2][4], y[4];
+        read4(vs + i * LDV + m, x[0]), read4(vs + (i + H) * LDV + m, x[1]);
+#pragma unroll
+        for (int b = 0; b < 4; ++b) {
+          read4(R + (c + b * (VD / 4)) * LDV + m, y);
+#pragma unroll
+          for (int u = 0; u < 2; ++u)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) o[u][b] += x[u][e] * y[e];
+        }
+      }
+    } else if (!for_k && busy) {
+      rows_times<H, VD, LDK, LDV>(ks, R, i, c, o);
+    }
+    for (int g = 0; g < shared; ++g) {
+      const long long at = (head + g) * N + start;
+      const int real_q = real_rows(query_lengths, head + g, N) - start;
+      fill<C, D, LDK>(qs, [&](int j, int a) { return j < real_q ? scale * phi<FEATURE>(A(widen(q[(at + j) * D + a]))) : A(0); });
+      fill<C, M, LDV>(gs, [&](int j, int a) { return j >= real_q ? A(0) : NORM ? A(widen(dout[(at + j) * M + a])) * inv[at + j] : A(widen(dout[(at + j) * M + a])); });
+      if (NORM && threadIdx.x < C) fs[threadIdx.x] = (int)threadIdx.x < real_q ? dden[at + threadIdx.x] : A(0);
+      __syncthreads();
+      if (t < H * H) {
+        A score[2][2] = {};
+        if (for_k) dot_rows<C, M, LDV>(vs, gs, row, col, score);
+        else dot_rows<C, D, LDK>(ks, qs, row, col, score);
+        A* scores = for_k ? scores_k : scores_v;
+#pragma unroll
+        for (int u = 0; u < 2; ++u)
+#pragma unroll
+          for (int w = 0; w < 2; ++w) {
+            const int a = row + u * H, b = col + w * H;
+            if (NORM && for_k) score[u][w] += fs[b];
+            scores[a * LDP + b] = b < a ? A(0) : score[u][w];
+          }
+      }
+      __syncthreads();
+      if (for_k && busy) {
+#pragma unroll 2
+        for (int j = 0; j < C; j += 4) {
+          A x[2][4];
+          read4(scores_k + i * LDP + j, x[0]), read4(scores_k + (i + H) * LDP + j, x[1]);
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+#pragma unroll
+            for (int b = 0; b < 4; ++b) {
+              const A y = qs[(j + e) * LDK + c + b * (VD / 4)];
+              o[0][b] += x[0][e] * y, o[1][b] += x[1][e] * y;
+            }
+        }
+      } else if (!for_k && busy) {
+        rows_times<H, C, LDP, LDV>(scores_v, gs, i, c, o);
+      }
+      for (int tile = threadIdx.x; tile < VD / 4 * (VM / 4); tile += THREADS) {
+        const int a = tile / (VM / 4) * 4, b = tile % (VM / 4) * 4;
+        A more[4][4];
+#pragma unroll
+        for (int u = 0; u < 4; ++u) read4(R + (a + u) * LDV + b, more[u]);
+        columns_times<C, LDK, LDV>(qs, gs, a, b, more);
+#pragma unroll
+        for (int u = 0; u < 4; ++u) write4(R + (a + u) * LDV + b, more[u]);
+      }
+      if (NORM && threadIdx.x < VD) {
+        A more = r[threadIdx.x];
+        for (int j = 0; j < C; ++j) more += qs[j * LDK + threadIdx.x] * fs[j];
+        r[threadIdx.x] = more;
+      }
+      __syncthreads();
+    }
+    if (busy)
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const int n = start + i + u * H;
+        if (n >= last) continue;
+        if (!for_k) {
+          put4<M>(dv + (kv * N + n) * M, c, o[u]);
+          continue;
+        }
+#pragma unroll
+        for (int b = 0; b < 4; ++b) {
+          const int d = c + b * (VD / 4);
+          // elu: φ'(x) = min(φ(x), 1), and φ(k) is at hand
+          const A slope = FEATURE ? min(ks[(i + u * H) * LDK + d], A(1)) : A(1);
+          if (d < D) dk[(kv * N + n) * D + d] = narrow<T>(n < real_k ? o[u][b] * slope : A(0));
+        }
+      }
+  }
 }
