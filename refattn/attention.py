@@ -29,7 +29,7 @@ from ._array import (Array, Axes, accumulator, cast, check_cotangent, check_dtyp
 from ._blocks import Reader, reader, real_rows, split_groups
 from .causal import (CHUNK, Store, causal_scan_backward, causal_scan_forward, causal_step, causal_step_backward, each_stack,
                      running_product, sizes, writer)
-from .features import FeatureMap, feature_map as find_feature_map, feature_size
+from .features import FEATURE_MAPS, FeatureMap, feature_map as find_feature_map, feature_size
 from .linear import full_product, linear_backward, linear_forward
 
 Pullback = Callable[..., tuple[Any, ...]]
@@ -197,6 +197,10 @@ def causal_linear_attention_step(q_t: Array, k_t: Array, v_t: Array, state: Stat
     """
     xp, axes, phi, eps, state = _check_step(q_t, k_t, v_t, state, feature_map, eps)
     acc = accumulator(v_t.dtype)
+    if phi in _FUSED and has_kernels(xp, axes.D, axes.M):
+        from .cuda import launch
+        out, *new = launch.causal_step(xp, q_t, k_t, v_t, *state, feature=_FUSED[phi], normalised=True, eps=eps)
+        return out, State(*new)
     fq, fk, v = phi.forward(cast(q_t, acc)), phi.forward(cast(k_t, acc)), cast(v_t, acc)
     out, end, _ = _step(fq, fk, v, state, axes, eps, xp)
     return cast(out, v_t.dtype), end
@@ -469,7 +473,7 @@ def _causal(q: Array, k: Array, v: Array, state: State | None, feature_map: Any,
 
 def _attend(causal: bool, q: Array, k: Array, v: Array, start: Array, phi: FeatureMap, eps: float, nq: Any, nk: Any,
             xp: Any) -> tuple[Array, Array, Callable[[Array | None, Array | None], Any]]:
-    """(out, end, backward) by the fast form for NumPy arrays, by the loop-free one for all others."""
+    """(out, end, backward) by the fast form for NumPy arrays, by our kernels for causal sums of CuPy arrays, by the loop-free form else."""
     if xp is np:
         product = running_product if causal else full_product
         chunk = {} if causal else {"chunk": 8 * CHUNK}                                                 # nothing there is quadratic in it
@@ -477,10 +481,46 @@ def _attend(causal: bool, q: Array, k: Array, v: Array, start: Array, phi: Featu
         return out, end, lambda dout, dend: attention_backward(
             product, np.broadcast_to(out.dtype.type(0), out.shape) if dout is None else dout, dend, q, k, v, start, out, phi, eps, nq, nk,
             **chunk)
+    if causal and has_kernels(xp, start.shape[-2], v.shape[-1]):
+        return _attend_with_kernels(q, k, v, start, phi, eps, nq, nk, xp)
     forms = (causal_scan_forward, causal_scan_backward) if causal else (linear_forward, linear_backward)
     out, end, residuals = attention_functional_forward(forms[0], q, k, v, start, phi, eps, nq, nk)
     return out, end, lambda dout, dend: attention_functional_backward(forms[1], xp.zeros_like(out) if dout is None else dout, dend,
                                                                       residuals)
+
+
+def _attend_with_kernels(q: Array, k: Array, v: Array, start: Array, phi: FeatureMap, eps: float, nq: Any, nk: Any,
+                         xp: Any) -> tuple[Array, Array, Callable[[Array | None, Array | None], Any]]:
+    """`_attend` on a GPU. elu1 and identity are worked out while q and k are read; other maps before, as array code."""
+    from .cuda import launch
+    feature = _FUSED.get(phi)
+    if feature is None:
+        real_q, real_k, acc = _real(nq, q, xp), _real(nk, k, xp), accumulator(v.dtype)
+        Q, K = _keep(cast(q, acc), real_q, xp), _keep(cast(k, acc), real_k, xp)
+        fq, fk, values = phi.forward(Q), phi.forward(K), cast(v, acc)
+    else:
+        fq, fk, values = q, k, v
+    lengths_q, lengths_k = (None if n is None else xp.asarray(n.reshape(-1).astype(np.int32)) for n in (nq, nk))
+    out, S, z, residuals = launch.causal_forward(xp, fq, fk, values, start[..., :-1], start[..., -1], feature=feature or 0, normalised=True,
+                                                 eps=eps, query_lengths=lengths_q, key_lengths=lengths_k)
+
+    def backward(dout: Array | None, dend: Array | None) -> tuple[Array, Array, Array, Array]:
+        do = xp.zeros_like(out) if dout is None else cast(dout, out.dtype)
+        dS, dz = (None, None) if dend is None else (dend[..., :-1], dend[..., -1])
+        dq, dk, dv, dS, dz = launch.causal_backward(xp, do, dS, dz, residuals)
+        if feature is None:
+            dq, dk = _keep(phi.backward(dq, Q), real_q, xp), _keep(phi.backward(dk, K), real_k, xp)
+        return cast(dq, q.dtype), cast(dk, k.dtype), cast(dv, v.dtype), xp.concat([dS, dz[..., None]], axis=-1)
+
+    return cast(out, v.dtype), xp.concat([S, z[..., None]], axis=-1), backward
+
+
+_FUSED = {FEATURE_MAPS["identity"]: 0, FEATURE_MAPS["elu1"]: 1}
+
+
+def has_kernels(xp: Any, D: int, M: int) -> bool:
+    """Whether arrays of this library can go to our CUDA kernels: CuPy's, and its stand-in's; and whether there are kernels of this size."""
+    return hasattr(xp, "RawModule") and 1 <= D <= 256 and 1 <= M <= 256
 
 
 def _step(fq: Array, fk: Array, v: Array, state: State, axes: Axes, eps: float, xp: Any) -> tuple[Array, State, Array]:

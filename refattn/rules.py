@@ -6,12 +6,13 @@ Bare: q and k are taken as they are (apply φ yourself), and there is no normali
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from ._array import Array, Axes, accumulator, cast, check_cotangent, check_dtypes, check_number, check_qkv, check_shape, namespace
-from .attention import Pullback, check_state_dtype
+from .attention import Pullback, check_state_dtype, has_kernels
 from .causal import (causal_chunked_backward, causal_chunked_forward, causal_scan_backward, causal_scan_forward, causal_step,
                      causal_step_backward)
 
@@ -79,7 +80,7 @@ def recurrence_vjp(q: Array, k: Array, v: Array, g: Array | None = None, beta: A
     xp, axes, scale = _check(q, k, v, g, beta, rule, scale, step=False)
     bounds = _check_packing(cu_seqlens, axes.N)
     _check_state(state, q, axes, None if bounds is None else len(bounds) - 1)
-    forward, backward = (causal_chunked_forward, causal_chunked_backward) if xp is np else (causal_scan_forward, causal_scan_backward)
+    forward, backward = _forms(xp, axes)
     if bounds is None:
         out, end, residuals = forward(q, k, v, state)
         parts = [(slice(None), residuals)]
@@ -171,6 +172,24 @@ def recurrence_step_vjp(q_t: Array, k_t: Array, v_t: Array, g_t: Array | None = 
         return (*(cast(d, x.dtype) for d, x in ((dq, q_t), (dk, k_t), (dv, v_t))), None, None, dstart)
 
     return (out, end), pullback
+
+
+def _forms(xp: Any, axes: Axes) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The fast form for NumPy arrays, our kernels for CuPy arrays, the loop-free form for all others."""
+    if xp is np:
+        return causal_chunked_forward, causal_chunked_backward
+    if not has_kernels(xp, axes.D, axes.M):
+        return causal_scan_forward, causal_scan_backward
+    from .cuda import launch
+
+    def forward(q: Array, k: Array, v: Array, S: Array | None) -> tuple[Array, Array, Any]:
+        out, end, _, residuals = launch.causal_forward(xp, q, k, v, None if S is None else cast(S, accumulator(v.dtype)))
+        return out, end, residuals
+
+    def backward(dout: Array, dS: Array | None, residuals: Any) -> tuple[Array, Array, Array, Array]:
+        return launch.causal_backward(xp, dout, dS, None, residuals)[:4]
+
+    return forward, backward
 
 
 def _check(q: Array, k: Array, v: Array, g: Any, beta: Any, rule: Any, scale: Any, *, step: bool) -> tuple[Any, Axes, float]:
