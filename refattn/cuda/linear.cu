@@ -625,7 +625,7 @@ __global__ void __launch_bounds__(THREADS, 2) group_dk_dv(const T* __restrict__ 
         for (int b = 0; b < 4; ++b) {
           const int d = c + b * (VD / 4);
           // elu: φ'(x) = min(φ(x), 1), and φ(k) is at hand
-          const A slope = FEATURE ? min(ks[(i + u * H) * LDK + d], A(1)) : A(1);
+          const A mapped = FEATURE ? ks[(i + u * H) * LDK + d] : A(1), slope = mapped < 1 ? mapped : A(1);
           if (d < D) dk[(kv * N + n) * D + d] = narrow<T>(n < real_k ? o[u][b] * slope : A(0));
         }
       }
