@@ -50,7 +50,7 @@ template <typename A> __device__ __forceinline__ A warp_sum(A x) {
 // --- naive: the definition, for reading and for cross-checks ---------------------------------------------------------------------------
 
 template <typename T, int D, int M, int FEATURE, bool NORM>
-__global__ void __launch_bounds__(THREADS) causal_naive(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
+__global__ void __launch_bounds__(THREADS, 2) causal_naive(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
                                                         T* __restrict__ out, int N, long long heads, int shared, Sum<T> scale, Sum<T> eps) {
   typedef Sum<T> A;
   const long long at = (long long)blockIdx.x * THREADS + threadIdx.x;
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(THREADS) causal_naive(const T* __restrict__ q,
   out[at] = narrow<T>(NORM ? num * inverse(den + eps) : num);
 }
 
-// --- sequential: the recurrence, a column of S and of z in each thread's registers ------------------------------------------------------
+// --- sequential: the recurrence, a column of S and all of z in each thread's registers, which hold them up to D = 64 (double: 32) -------
 
 template <typename T, int D, int M, int FEATURE, bool NORM>
 __global__ void __launch_bounds__(64) causal_sequential(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(64) causal_sequential(const T* __restrict__ q,
 
 // S ← S + φ(k) vᵀ, z ← z + φ(k), out = Sᵀφ(q) / (zᵀφ(q) + ε). Thread (r, c) of 4 × 64 has rows r, r + 4, … of column c.
 template <typename T, int D, int M, int FEATURE, bool NORM>
-__global__ void __launch_bounds__(THREADS) causal_step(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
+__global__ void __launch_bounds__(THREADS, 2) causal_step(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
                                                        const Sum<T>* __restrict__ S, const Sum<T>* __restrict__ z, Sum<T>* __restrict__ S_new,
                                                        Sum<T>* __restrict__ z_new, T* __restrict__ out, int shared, Sum<T> scale, Sum<T> eps) {
   typedef Sum<T> A;
@@ -196,7 +196,7 @@ __device__ __forceinline__ void own_state(A* smem, A* state, int first, int last
 
 // TRANSPOSE false: S, of φ(k_j) [v_j | 1]ᵀ for each key head. true: R, of φ(q_j) G_jᵀ for each query head.
 template <typename T, int D, int M, int C, int VT, int FEATURE, bool NORM, bool TRANSPOSE>
-__global__ void __launch_bounds__(THREADS) group_states(const T* __restrict__ y, const T* __restrict__ z, const Sum<T>* __restrict__ inv,
+__global__ void __launch_bounds__(THREADS, 2) group_states(const T* __restrict__ y, const T* __restrict__ z, const Sum<T>* __restrict__ inv,
                                                         const Sum<T>* __restrict__ dden, Sum<T>* __restrict__ states,
                                                         const int* __restrict__ lengths, int N, int groups, int rows, Sum<T> scale) {
   typedef Sum<T> A;
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(THREADS) group_states(const T* __restrict__ y,
 // In place: states[head][group] becomes the sum of `start` and all groups before it (behind it, if `reverse`); `end` takes the whole sum.
 // `shared` heads, one after another in `states`, are summed into the first of them. A thread has one number of S or z in all groups.
 template <typename A>
-__global__ void __launch_bounds__(THREADS) scan_states(A* __restrict__ states, const A* __restrict__ start_S, const A* __restrict__ start_z,
+__global__ void __launch_bounds__(THREADS, 2) scan_states(A* __restrict__ states, const A* __restrict__ start_S, const A* __restrict__ start_z,
                                                        A* __restrict__ end_S, A* __restrict__ end_z, int groups, int shared, int DM, int D,
                                                        int reverse) {
   const long long head = blockIdx.x, size = DM + D;
