@@ -20,12 +20,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .audit import Report, find_lines, read_report, watch
+from .audit import Report, read_report, watch
 
 HERE = Path(__file__).parent
 OWN = ("include/simt.h", "include/cuda_fp16.h", "include/cuda_bf16.h", "include/mma.h", "runtime.h", "runtime.cpp", "audit.cpp")
 # Products and sums are rounded one by one (no contraction), and one library's kernels are not merged with another's of the same name.
-FLAGS = ("-std=c++17", "-fPIC", "-w", "-g1", "-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden", "-fno-gnu-unique")
+FLAGS = ("-std=c++17", "-fPIC", "-w", "-g1", "-gdwarf-4", "-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden", "-fno-gnu-unique")
 ORDERS = ("forward", "reverse", "shuffled")
 SHARED_LIMIT = 227 << 10
 GUARD = 4096      # bytes before and after each array: what runs past an end meets NaN, not another array
@@ -76,7 +76,7 @@ def build(source: str, names: Sequence[str], *, defines: Sequence[str] = (), aud
         subprocess.run(["g++", "-shared", "-o", str(to), "kernels.o", *map(str, objects)], cwd=folder, check=True)
 
     library = _cached(".so", [main, *files, *files.values(), *flags, *_own()], compile_kernels)
-    return Module(library, tuple(names), audit, tuple(files))
+    return Module(library, tuple(names), audit, (*files, *re.findall(r'(?m)^#line \d+ "([^"]+)"', source)))
 
 
 class Module:
@@ -95,7 +95,7 @@ class Module:
 
     def launch(self, name: str, grid: int | Sequence[int], block: int | Sequence[int], args: Sequence[Any], *, shared: int = 0,
                order: str = "forward", seed: int = 0) -> Report | None:
-        """Run a kernel. `args`, in order: C-contiguous NumPy arrays for pointers, changed in place; NumPy scalars; None for a null pointer.
+        """Run a kernel. `args`, in order: C-contiguous NumPy arrays for pointers, changed in place; NumPy scalars; None or np.uint64(0) for a null pointer.
 
         Blocks run one after another, the threads of a block in turns: first to last (`order="forward"`), last to first (`"reverse"`) or in
         an order drawn anew whenever all have had their turn (`"shuffled"`, by `seed`). A right kernel gives the same bits in each.
@@ -123,7 +123,7 @@ class Module:
         triple = ctypes.c_uint * 3
         with self._lock:
             if self.audit:
-                watch(self._library, arrays, addresses, self.audit == "traffic")
+                watch(self._library, arrays, addresses, traffic_only=self.audit == "traffic")
             self._library.simt_launch(index, triple(*grid), triple(*block), ctypes.c_size_t(shared), pointers, ORDERS.index(order), ctypes.c_uint(seed))
             error = self._library.simt_error().decode()
             report = read_report(self._library, self._path, self._files, arrays) if self.audit else None
@@ -132,7 +132,7 @@ class Module:
                 ctypes.memmove(array.ctypes.data, addresses[i], array.nbytes)
         del memory      # lived until here
         if error:
-            raise SimtError(find_lines(self._path, self._files, error))
+            raise SimtError(error)
         return report
 
     def _index(self, name: str) -> int:
@@ -171,7 +171,7 @@ def _check_arguments(name: str, codes: list[str], args: Sequence[Any]) -> None:
         where, kind = f"argument {i} of {name}", code.rpartition(":")[2]
         got = f"{arg.dtype.name} {'array' if isinstance(arg, np.ndarray) else 'scalar'}" if hasattr(arg, "dtype") else type(arg).__name__
         if code[0] == "p":
-            if arg is None:
+            if arg is None or (isinstance(arg, np.uint64) and arg == 0):
                 continue
             if not isinstance(arg, np.ndarray):
                 raise TypeError(f"{where}: expected a NumPy array for {code}, got {got}")
@@ -246,7 +246,7 @@ def rewrite(source: str, name: str = "kernel.cu") -> str:
             count += 1
             tag = f"{re.sub(r'[^A-Za-z0-9]', '_', name)}_{count}"
             out += (f"using simt_type_{tag} = {base}{array[2]}; static constexpr simt::Shared simt_array_{tag}{{{_quoted('__shared__ ' + array[1])}, "
-                    f"sizeof(simt_type_{tag}), simt::granule<simt_type_{tag}>}}; "
+                    f"sizeof(simt_type_{tag}), sizeof(std::remove_all_extents_t<simt_type_{tag}>)}}; "
                     f"simt_type_{tag}& {array[1]} = *static_cast<simt_type_{tag}*>(simt::shared(simt_array_{tag})); ")
         return out + "\n" * (match[0].count("\n") - out.count("\n"))
 

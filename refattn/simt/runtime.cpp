@@ -173,7 +173,7 @@ void try_warp(unsigned number, unsigned mask) {
   for (unsigned lane = 0; lane < 32; lane++)
     if (live >> lane & 1) { lanes[lane].defined = combine(lanes, live, lane); lanes[lane].state = RUNNING; }
   warp.waiting &= ~live;
-  if (audit && (any.operation == SYNCWARP || any.operation == WMMA)) audit->syncwarp(number, live);
+  if (audit && (any.operation == SYNCWARP || any.operation == WMMA)) audit->syncwarp(number, live, live == warp.alive);
 }
 
 void leave(const Fiber& fiber) {                         // a lane has returned: those that waited for it may go on
@@ -229,8 +229,8 @@ void run_block(uint3 block, dim3 grid, dim3 dim, Order order, std::mt19937& rand
   static_bytes = 0;
   std::memset(memory, 0xff, dynamic_bytes);              // NaN in every float type
   if (audit) {
-    audit->block(block, dim, stacks, stacks + threads * STACK);
-    if (dynamic_bytes) audit->shared(memory, dynamic_bytes, 2, "dynamic shared memory");
+    audit->block(block, dim, fibers.data(), threads * sizeof(Fiber), stacks, threads * STACK);
+    if (dynamic_bytes) audit->shared(memory, dynamic_bytes, 1, "dynamic shared memory");
   }
   std::vector<unsigned> turn(threads);
   for (unsigned i = 0; i < threads; i++) {
@@ -308,7 +308,7 @@ void* shared(const Shared& array) {
     fail("%s: the block asks for %zu bytes of static and %zu of dynamic shared memory, more than any device has (%zu)", array.name, static_bytes, dynamic_bytes, DYNAMIC);
   std::memset(address, 0xff, array.bytes);
   arrays.push_back({&array, address});
-  if (audit) audit->shared(address, array.bytes, array.granule, array.name);
+  if (audit) audit->shared(address, array.bytes, array.element, array.name);
   return address;
 }
 

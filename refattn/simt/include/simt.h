@@ -30,7 +30,7 @@ struct dim3 { unsigned x = 1, y = 1, z = 1; };
 
 namespace simt {
 struct Thread { uint3 index, block; dim3 block_dim, grid_dim; unsigned linear, lane, warp; };
-struct Shared { const char* name; size_t bytes; unsigned granule; };    // one __shared__ array; granule: bytes of an element, at most 4
+struct Shared { const char* name; size_t bytes; unsigned element; };    // one __shared__ array; element: bytes of one
 enum Operation { SYNCWARP, SHFL, SHFL_UP, SHFL_DOWN, SHFL_XOR, BALLOT, ANY, ALL, WMMA };
 using Whole = void (*)(void* const* lanes);                             // done once for a whole warp
 
@@ -42,7 +42,6 @@ uint64_t meet(Operation operation, unsigned mask, uint64_t value, int parameter,
 void touch(const void* address, int bytes, bool write, bool atomic, void* pc);
 void fail(const char* format, ...);                                     // ends the launch; does not return
 
-template <class T> constexpr unsigned granule = sizeof(std::remove_all_extents_t<T>) < 4 ? sizeof(std::remove_all_extents_t<T>) : 4;
 template <class T> struct same { using type = T; };
 template <class T> uint64_t to_bits(T value) { static_assert(sizeof(T) <= 8); uint64_t bits = 0; std::memcpy(&bits, &value, sizeof(T)); return bits; }
 template <class T> T from_bits(uint64_t bits) { T value; std::memcpy(&value, &bits, sizeof(T)); return value; }
