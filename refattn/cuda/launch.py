@@ -26,7 +26,7 @@ from .._array import Array, accumulator, dtype_name
 Residuals = tuple[Any, ...]
 
 THREADS = 256
-GROUP_ROWS = 512, 256             # positions that one block walks through: the longer, the less is moved; the shorter, the more blocks there are
+GROUP_ROWS = 1024, 512, 256       # positions that one block walks through: the longer, the less is moved; the shorter, the more blocks there are
 BLOCKS_WANTED = 256
 BOTH_ROWS = 16                    # positions at a time where one kernel makes dk and dv
 STATIC_SHARED = 48 << 10          # more shared memory than this a kernel must ask for
@@ -87,7 +87,11 @@ def state_bytes(width: int, tile: Tile, itemsize: int) -> int:
 
 
 def group_rows(heads: int, N: int) -> int:
-    """Positions in a group: the most that still leave every multiprocessor something to do."""
+    """Positions in a group: the most that still leave every multiprocessor something to do.
+
+    >>> group_rows(1, 65536), group_rows(32, 4096), group_rows(64, 4096)
+    (256, 512, 1024)
+    """
     for rows in GROUP_ROWS:
         if heads * -(-N // rows) >= BLOCKS_WANTED:
             return rows
