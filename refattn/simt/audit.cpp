@@ -34,7 +34,7 @@ struct Site {                              // an instruction that loads or store
 struct Request { uint32_t lanes, address[32]; };
 struct Queue { std::vector<Request> requests; uint32_t next[32] = {}; };      // requests of one site; next: how many each lane has made
 struct Clock { uint32_t known[32][32], own[32]; };                            // known[i][j]: the last epoch of lane j that lane i comes after
-struct Finding { std::string text; uint64_t more; };
+struct Finding { std::string text; uint64_t more, access; };
 
 std::vector<Region> global_regions, shared_regions;
 Region* last_region[2];
@@ -49,6 +49,7 @@ bool traffic_only, enabled;
 uintptr_t ignored[2][2], image_low, image_high, origin;
 std::map<std::tuple<std::string, int, int, const Region*>, size_t> seen;
 std::vector<Finding> findings;
+uint64_t accesses;
 
 // --- findings -----------------------------------------------------------------------------------------------------------------------------
 
@@ -63,12 +64,17 @@ std::string thread_at(const Access& access) {
 // kind, place, thread, read or write, bytes, array, offset in it, its bytes, bytes of an element, and for a race the other place, thread, read or write
 void report(const char* kind, int site, const Region& region, uintptr_t address, const Access* other = nullptr, bool other_writes = false) {
   auto [known, is_new] = seen.insert({{kind, site, other ? other->site : -1, &region}, findings.size()});
-  if (!is_new) { findings[known->second].more++; return; }
+  if (!is_new) {
+    Finding& finding = findings[known->second];
+    finding.more += finding.access != accesses;            // once for an access, however many granules it has
+    finding.access = accesses;
+    return;
+  }
   const Site& s = sites[site];
   std::string text = std::string(kind) + "\t" + at(site) + "\t" + name(*current) + "\t" + (s.write ? "writes" : "reads") + "\t" + std::to_string(s.bytes) + "\t" +
     region.name + "\t" + std::to_string(intptr_t(address - region.low)) + "\t" + std::to_string(region.high - region.low) + "\t" + std::to_string(region.element);
   if (other) text += "\t" + at(other->site) + "\t" + thread_at(*other) + "\t" + (other_writes ? "wrote" : "read");
-  findings.push_back({text, 0});
+  findings.push_back({text, 0, accesses});
 }
 
 // --- traffic ------------------------------------------------------------------------------------------------------------------------------
@@ -166,7 +172,9 @@ void look(Cell& cell, const Region& region, int site, bool write, bool atomic, u
   Access mine{now, thread, uint16_t(site)};
   if (!write) {
     if (!cell.first_read.time) cell.first_read = mine;
-    if (cell.reads[0].time != now || (cell.read_warp == warp && !cell.several_warps && cell.read_epoch < clock.own[lane] && after(clock, lane, cell.read_lanes & ~(1u << lane), cell.read_epoch))) {
+    const bool superseded = cell.read_warp == warp && !cell.several_warps && cell.read_epoch < clock.own[lane] &&
+                            after(clock, lane, cell.read_lanes & ~(1u << lane), cell.read_epoch);
+    if (cell.reads[0].time != now || superseded) {
       cell.reads[0] = mine, cell.reads[1].time = 0;
       cell.read_warp = warp, cell.read_lanes = 0, cell.read_epoch = 0, cell.several_warps = false;
     } else if (cell.reads[0].thread != thread) {
@@ -212,6 +220,7 @@ const Region& nearest(uintptr_t address) {
 void access(const void* pointer, int bytes, bool write, bool atomic, void* pc) {
   const uintptr_t address = uintptr_t(pointer);
   if (address - ignored[0][0] < ignored[0][1] || address - ignored[1][0] < ignored[1][1] || pointer == &current || !enabled) return;
+  accesses++;
   Region* region = find(address);
   if (!region || address + bytes > region->high) {
     if (!region && address - image_low < image_high - image_low && !in_memory(address)) return;      // a constant of the source

@@ -11,6 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 
+KINDS = ("out of bounds", "misaligned", "race", "uninitialised")     # what ends a launch comes first, what a race entails last
+
+
 class Counts(NamedTuple):
     """Traffic of one line: warp `requests`; `lanes` that took part in them; 32-byte `sectors` of global memory that they touched; `passes`
     over the banks of shared memory. `ideal_sectors` and `ideal_passes` are the fewest that hold the same bytes."""
@@ -28,6 +31,18 @@ class Report(NamedTuple):
 
     findings: list[str]
     traffic: dict[tuple[str, str, str, int], Counts]
+
+
+def traffic_table(report: Report) -> str:
+    """The traffic as a table, a row for each line of the source: requests of warps, and how many lanes, sectors and passes one request has
+    on average, ideal in parentheses. ← marks what takes more than it need."""
+    width = max([4, *(len(line) for line, *_ in report.traffic)])
+    rows = [f"{'line':{width}}  memory    bytes  requests  lanes   sectors or passes (ideal)"]
+    for (line, space, way, size), c in report.traffic.items():
+        took, ideal = (c.sectors, c.ideal_sectors) if space == "global" else (c.passes, c.ideal_passes)
+        rows.append(f"{line:{width}}  {space} {way}  {size:5d}  {c.requests:8d}  {c.lanes / c.requests:5.1f}   {took / c.requests:5.2f} "
+                    f"{'sectors' if space == 'global' else 'passes'} ({ideal / c.requests:.2f})" + "  ←" * (took > ideal))
+    return "\n".join(rows)
 
 
 def watch(library: ctypes.CDLL, arrays: dict[int, np.ndarray], addresses: dict[int, int], *, traffic_only: bool) -> None:
@@ -57,6 +72,7 @@ def read_report(library: ctypes.CDLL, path: Path, files: tuple[str, ...], arrays
         key = lines[int(place)], space, way, int(size)
         traffic[key] = Counts(*(a + int(b) for a, b in zip(traffic.get(key, (0,) * 6), numbers)))
     findings = [_sentence([lines[int(field[1:], 16)] if field.startswith("@") else field for field in fields], arrays) for fields in found]
+    findings.sort(key=lambda text: KINDS.index(text.partition(":")[0]))
     return Report(list(dict.fromkeys(findings)), {key: traffic[key] for key in sorted(traffic, key=_by_line) if traffic[key].requests})
 
 
@@ -70,7 +86,8 @@ def _lines(path: Path, files: tuple[str, ...], places: Iterable[int]) -> dict[in
     ordered = sorted(places)
     if not ordered:
         return {}
-    out = subprocess.run(["addr2line", "-a", "-i", "-e", str(path)], input="\n".join(map(hex, ordered)), capture_output=True, text=True, check=True).stdout
+    asked = "\n".join(map(hex, ordered))
+    out = subprocess.run(["addr2line", "-a", "-i", "-e", str(path)], input=asked, capture_output=True, text=True, check=True).stdout
     lines = {}
     for place, frames in zip(ordered, re.split(r"(?m)^0x[0-9a-f]+\n", out)[1:]):
         places_of = [re.sub(r" \(discriminator \d+\)|^.*/", "", frame) for frame in frames.splitlines()]

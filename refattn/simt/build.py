@@ -37,7 +37,8 @@ class SimtError(RuntimeError):
     """A kernel that cannot be compiled, or cannot go on: deadlock, barrier divergence, a warp operation with an undefined result."""
 
 
-def build(source: str, names: Sequence[str], *, defines: Sequence[str] = (), audit: Audit = False, path: str | os.PathLike[str] = "kernel.cu") -> Module:
+def build(source: str, names: Sequence[str], *, defines: Sequence[str] = (), audit: Audit = False,
+          path: str | os.PathLike[str] = "kernel.cu") -> Module:
     """Compile CUDA C++ for this machine; the kernels of `names` can then be launched.
 
     Parameters: `source`, the text; `names`, as C++ spells them, template arguments included (`"scale<float, 64>"`); `defines`, macros
@@ -61,7 +62,8 @@ def build(source: str, names: Sequence[str], *, defines: Sequence[str] = (), aud
     path = Path(path)
     files = _sources(source, path)
     table = "".join(f"simt::entry({_quoted(name)}, {name}),\n" for name in names)
-    main = (f'#include "simt.h"\n#include {_quoted(path.name)}\n#line 1 "names"\nextern simt::Entry simt_entries[];\nsimt::Entry simt_entries[] = {{\n{table}}};\n')
+    main = (f'#include "simt.h"\n#include {_quoted(path.name)}\n#line 1 "names"\n'
+            f'extern simt::Entry simt_entries[];\nsimt::Entry simt_entries[] = {{\n{table}}};\n')
     flags = [*FLAGS, *(f"-D{define}" for define in defines), *(("-O1", "-fsanitize=thread,alignment") if audit else ("-O2",))]
 
     def compile_kernels(folder: Path, to: Path) -> None:
@@ -70,7 +72,8 @@ def build(source: str, names: Sequence[str], *, defines: Sequence[str] = (), aud
             (folder / name).write_text(text, encoding="utf-8")
         (folder / "kernels.cpp").write_text(main, encoding="utf-8")
         objects = [_object("runtime.cpp")] + [_object("audit.cpp")] * bool(audit)
-        run = subprocess.run(["g++", *flags, "-I.", f"-I{HERE / 'include'}", "-c", "kernels.cpp", "-o", "kernels.o"], cwd=folder, capture_output=True, text=True)
+        run = subprocess.run(["g++", *flags, "-I.", f"-I{HERE / 'include'}", "-c", "kernels.cpp", "-o", "kernels.o"],
+                             cwd=folder, capture_output=True, text=True)
         if run.returncode:
             raise SimtError(f"{path.name} does not compile:\n{run.stderr}")
         subprocess.run(["g++", "-shared", "-o", str(to), "kernels.o", *map(str, objects)], cwd=folder, check=True)
@@ -95,7 +98,8 @@ class Module:
 
     def launch(self, name: str, grid: int | Sequence[int], block: int | Sequence[int], args: Sequence[Any], *, shared: int = 0,
                order: str = "forward", seed: int = 0) -> Report | None:
-        """Run a kernel. `args`, in order: C-contiguous NumPy arrays for pointers, changed in place; NumPy scalars; None or np.uint64(0) for a null pointer.
+        """Run a kernel. `args`, in order: C-contiguous NumPy arrays for pointers, changed in place; NumPy scalars; for a null
+        pointer None or np.uint64(0).
 
         Blocks run one after another, the threads of a block in turns: first to last (`order="forward"`), last to first (`"reverse"`) or in
         an order drawn anew whenever all have had their turn (`"shuffled"`, by `seed`). A right kernel gives the same bits in each.
@@ -124,7 +128,8 @@ class Module:
         with self._lock:
             if self.audit:
                 watch(self._library, arrays, addresses, traffic_only=self.audit == "traffic")
-            self._library.simt_launch(index, triple(*grid), triple(*block), ctypes.c_size_t(shared), pointers, ORDERS.index(order), ctypes.c_uint(seed))
+            self._library.simt_launch(index, triple(*grid), triple(*block), ctypes.c_size_t(shared), pointers, ORDERS.index(order),
+                                      ctypes.c_uint(seed))
             error = self._library.simt_error().decode()
             report = read_report(self._library, self._path, self._files, arrays) if self.audit else None
         for i, array in arrays.items():
@@ -149,7 +154,8 @@ def _extent(name: str, value: int | Sequence[int], limits: tuple[int, int, int])
         raise TypeError(f"{name}: expected an integer or one to three of them, got {value!r}")
     for n, limit in zip(given, limits):
         if not 1 <= n <= limit:
-            raise ValueError(f"{name}: expected 1 ≤ extent ≤ {limits}, got {given}" + ("; launch nothing where there is nothing to do" if n == 0 else ""))
+            empty = "; launch nothing where there is nothing to do" if n == 0 else ""
+            raise ValueError(f"{name}: expected from 1 to {limits}, got {given}{empty}")
     return tuple(map(int, given)) + (1,) * (3 - len(given))
 
 
@@ -178,11 +184,12 @@ def _check_arguments(name: str, codes: list[str], args: Sequence[Any]) -> None:
             if kind[0] not in "sv" and kind.partition("x")[0] != dtype_code(arg.dtype):
                 raise TypeError(f"{where}: expected an array of {kind}, got {got} ({dtype_code(arg.dtype)})")
             if not arg.flags.c_contiguous:
-                raise ValueError(f"{where}: expected a C-contiguous array, got strides {arg.strides} for shape {arg.shape}; pass np.ascontiguousarray of it")
+                raise ValueError(f"{where}: expected a C-contiguous array, got strides {arg.strides} for shape {arg.shape}; "
+                                 "pass np.ascontiguousarray of it")
             if code.startswith("p:") and not arg.flags.writeable:
                 raise ValueError(f"{where}: the kernel may write through it, and the array is read-only")
         elif not isinstance(arg, np.generic) or (dtype_code(arg.dtype) != kind and (kind[0] != "s" or arg.nbytes != int(kind[1:]))):
-            raise TypeError(f"{where}: expected a NumPy scalar of {kind}, got {got}" + (f"; pass np.{ {'i4': 'int32', 'i8': 'int64', 'f4': 'float32'}.get(kind, 'dtype') }(…)"))
+            raise TypeError(f"{where}: expected a NumPy scalar of {kind}, got {got}; pass for example np.int32(…) for i4, np.float32(…) for f4")
 
 
 def _to_device(arrays: dict[int, np.ndarray]) -> tuple[Any, dict[int, int]]:
