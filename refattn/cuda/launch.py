@@ -129,7 +129,7 @@ def causal_forward(xp: Any, q: Array, k: Array, v: Array, S: Array | None = None
         kernels = _kernels(xp, _device_id(xp), dtype_name(v), D, M, feature, normalised)
         rows = group_rows(heads, N)
         groups = -(-N // rows)
-        states = xp.empty((heads // max(shared, 1), groups, D * M + D), dtype=acc)
+        states = xp.empty((heads // max(shared, 1), groups, _up(D * M + D, 4)), dtype=acc)
         inv = xp.empty((heads, N) if normalised else (0,), dtype=acc)
         residuals = q, k, v, out, inv, states, query_lengths, key_lengths, rows, feature, normalised, scale
         if not heads * N:
@@ -168,7 +168,7 @@ def causal_backward(xp: Any, dout: Array, dS: Array | None, dz: Array | None,
         lengths = _or_null(query_lengths), _or_null(key_lengths)
         shape = i4(N), i4(groups), i4(rows), i4(shared), number(scale)
         quotient = (inv, xp.empty_like(inv)) if normalised else (NULL, NULL)
-        costates = xp.empty((heads, groups, D * M + D), dtype=acc)
+        costates = xp.empty((heads, groups, _up(D * M + D, 4)), dtype=acc)
         kernels.launch("group_dq", (heads * groups, -(-D // over_m.columns)), walk_bytes(M, over_m, size),
                        q, k, v, dout, out, states, *quotient, dq, *lengths, *shape)
         kernels.launch("group_costates", (heads * groups, -(-M // over_d.columns)), state_bytes(D, over_d, size),

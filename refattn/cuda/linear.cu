@@ -20,7 +20,8 @@
 // one function, `walk`, computes out, dq, dk and dv. For the last two it goes from the end (≥ in place of ≤).
 //
 // Arrays are contiguous: q, dq (heads, N, D), k, dk (heads / shared, N, D), v, dv (heads / shared, N, M), out, do (heads, N, M); `shared`
-// query heads read one key and value head. States are Sum<T>: for each head and group D·M numbers of S, then D of the key sum z.
+// query heads read one key and value head. States are Sum<T>: for each head and group D·M numbers of S, then D of the key sum z, and up to 3
+// more, so that each state starts at a multiple of 16 bytes.
 // C positions at a time, VT columns of v (of k for dq and dk) for each block. FEATURE: 0 identity, 1 elu + 1. NORM: with the normaliser. Rows behind a length count as absent: not read, zeros where they are written.
 #include "tiles.cuh"
 
@@ -204,7 +205,7 @@ __global__ void __launch_bounds__(THREADS, 2) group_states(const T* __restrict__
   const long long head = blockIdx.x / groups, group = blockIdx.x % groups;
   const int column = blockIdx.y * VT, real = real_rows(lengths, head, N), first = (int)(group * rows);
   own_state<A, C, D, M, VT>(
-      reinterpret_cast<A*>(bytes), states + (head * groups + group) * (D * M + D), first, min(first + rows, real), column,
+      reinterpret_cast<A*>(bytes), states + (head * groups + group) * STATE_SIZE<D, M>, first, min(first + rows, real), column,
       [&](int i, int c) { return i < real ? scale * phi<FEATURE>(A(widen(y[(head * N + i) * D + c]))) : A(0); },
       [&](int i, int c) {
         if (i >= real || column + c >= M) return A(0);
@@ -222,9 +223,9 @@ template <typename A>
 __global__ void __launch_bounds__(THREADS, 2) scan_states(A* __restrict__ states, const A* __restrict__ start_S, const A* __restrict__ start_z,
                                                        A* __restrict__ end_S, A* __restrict__ end_z, int groups, int shared, int DM, int D,
                                                        int reverse) {
-  const long long head = blockIdx.x, size = DM + D;
+  const long long head = blockIdx.x, size = up(DM + D, 4);
   const int e = blockIdx.y * THREADS + threadIdx.x;
-  if (e >= size) return;
+  if (e >= DM + D) return;
   const bool in_S = e < DM;
   const A* start = in_S ? start_S : start_z;
   A* end = in_S ? end_S : end_z;
@@ -350,7 +351,7 @@ __global__ void __launch_bounds__(THREADS, 2) group_outputs(const T* __restrict_
   const long long head = blockIdx.x / groups, group = blockIdx.x % groups, kv = head / shared;
   const int column = blockIdx.y * VT, first = (int)(group * rows), last = min(first + rows, N);
   const int real_q = real_rows(query_lengths, head, N), real_k = real_rows(key_lengths, kv, N);
-  const A* state = states + (kv * groups + group) * (D * M + D);
+  const A* state = states + (kv * groups + group) * STATE_SIZE<D, M>;
   const T *qh = q + head * N * D, *kh = k + kv * N * D, *vh = v + kv * N * M;
   walk<A, C, D, VT, false, NORM, false>(
       bytes, first, last, 1,
@@ -389,7 +390,7 @@ __global__ void __launch_bounds__(THREADS, 2) group_dq(const T* __restrict__ q, 
   const long long head = blockIdx.x / groups, group = blockIdx.x % groups, kv = head / shared;
   const int column = blockIdx.y * VT, first = (int)(group * rows), last = min(first + rows, N);
   const int real_q = real_rows(query_lengths, head, N), real_k = real_rows(key_lengths, kv, N);
-  const A* state = states + (kv * groups + group) * (D * M + D);
+  const A* state = states + (kv * groups + group) * STATE_SIZE<D, M>;
   const T *qh = q + head * N * D, *kh = k + kv * N * D, *vh = v + kv * N * M, *doh = dout + head * N * M, *outh = out + head * N * M;
   walk<A, C, M, VT, NORM, false, false>(
       bytes, first, last, 1,
@@ -433,7 +434,7 @@ __global__ void __launch_bounds__(THREADS, 2) group_dk(const T* __restrict__ q, 
   extern __shared__ __align__(16) unsigned char bytes[];
   const long long kv = blockIdx.x / groups, group = blockIdx.x % groups, head = kv * shared;
   const int column = blockIdx.y * VT, first = (int)(group * rows), last = min(first + rows, N), real_k = real_rows(key_lengths, kv, N);
-  const A* state = states + (head * groups + group) * (D * M + D);
+  const A* state = states + (head * groups + group) * STATE_SIZE<D, M>;
   const T *kh = k + kv * N * D, *vh = v + kv * N * M;
   walk<A, C, M, VT, NORM, false, true>(
       bytes, first, last, shared,
@@ -473,7 +474,7 @@ __global__ void __launch_bounds__(THREADS, 2) group_dv(const T* __restrict__ q, 
   extern __shared__ __align__(16) unsigned char bytes[];
   const long long kv = blockIdx.x / groups, group = blockIdx.x % groups, head = kv * shared;
   const int column = blockIdx.y * VT, first = (int)(group * rows), last = min(first + rows, N), real_k = real_rows(key_lengths, kv, N);
-  const A* state = states + (head * groups + group) * (D * M + D);
+  const A* state = states + (head * groups + group) * STATE_SIZE<D, M>;
   const T* kh = k + kv * N * D;
   walk<A, C, D, VT, false, false, true>(
       bytes, first, last, shared,
@@ -523,7 +524,7 @@ __global__ void __launch_bounds__(THREADS, 2) group_dk_dv(const T* __restrict__ 
   const int nth = for_k ? t / (VD / 4) : t / (VM / 4), c = for_k ? t % (VD / 4) : t % (VM / 4) * 4;
   const int i = nth % 2 * (H / 2) + nth / 2;                            // rows 4 apart in the halves of a warp: other banks
   const bool busy = nth < H;
-  const A* state = states + (head * groups + group) * (D * M + D);
+  const A* state = states + (head * groups + group) * STATE_SIZE<D, M>;
   // Columns beyond D and M are 0 up to a multiple of 32, and stay so
   fill<C, VD, LDK>(ks, [&](int, int) { return A(0); });
   fill<C, VD, LDK>(qs, [&](int, int) { return A(0); });

@@ -29,6 +29,7 @@ template <int W> constexpr int STRIDE = up(W, 32) + 4;
 template <int V> constexpr int WIDE = V < 32 ? V + 4 : V;
 template <int V> constexpr int STATE = V + 4;
 template <int C> constexpr int SCORES = C + C / 2;
+template <int D, int M> constexpr int STATE_SIZE = up(D * M + D, 4);
 
 template <typename A> __device__ __forceinline__ void read4(const A* p, A (&x)[4]);
 template <> __device__ __forceinline__ void read4<float>(const float* p, float (&x)[4]) {

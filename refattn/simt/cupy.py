@@ -41,7 +41,6 @@ FUNCTIONS = frozenset("""
 
 SHARED_LIMITS = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 STATIC_SHARED = 48 << 10
-ALIGNMENT = 512                   # of CuPy's memory pool
 MAX_THREADS = 1024
 
 
@@ -63,6 +62,10 @@ _now = Settings()
 
 class ndarray:
     """An array in device memory: to NumPy by `.get()` only, from NumPy by `asarray` only."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    strides: tuple[int, ...]
 
     __array_priority__ = 1000
     __array_ufunc__ = None
@@ -118,7 +121,7 @@ class ndarray:
 def _delegate() -> None:
     """Attributes, methods and operators that mean what they mean in NumPy."""
     for name in ("shape", "dtype", "ndim", "size", "strides", "flags", "nbytes", "itemsize"):
-        setattr(ndarray, name, property(lambda self, name=name: getattr(self._host, name)))
+        setattr(ndarray, name, property(_attribute(name)))
     for name in ("reshape", "transpose", "swapaxes", "sum", "max", "min", "any", "all", "ravel", "squeeze", "item", "tolist"):
         setattr(ndarray, name, _method(name))
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"):
@@ -126,6 +129,10 @@ def _delegate() -> None:
             setattr(ndarray, f"__{form}__", _method(f"__{form}__"))
     for name in ("neg", "pos", "abs", "invert", "eq", "ne", "lt", "le", "gt", "ge"):
         setattr(ndarray, f"__{name}__", _method(f"__{name}__"))
+
+
+def _attribute(name: str) -> Callable[[ndarray], Any]:
+    return lambda self: getattr(self._host, name)
 
 
 def _method(name: str) -> Callable[..., Any]:
@@ -162,12 +169,9 @@ def _allocated(values: np.ndarray) -> np.ndarray:
 
 
 def _new(shape: Any, dtype: Any) -> np.ndarray:
-    """Memory aligned as CuPy's, all bits 1: NaN in every float type."""
+    """Memory of its own, which a launch aligns as a device would; all bits are 1: NaN in every float type."""
     dtype, shape = np.dtype(dtype), (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
-    count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    memory = np.full(count + ALIGNMENT, 0xFF, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start: start + count].view(dtype).reshape(shape)
+    return np.full(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize, 0xFF, np.uint8).view(dtype).reshape(shape)
 
 
 def empty(shape: Any, dtype: Any = np.float64) -> ndarray:
