@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import runpy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -31,3 +32,14 @@ def test_01_chunked_equals_recurrent(capsys: pytest.CaptureFixture[str]) -> None
     assert abs(gradient - slope[1e-4]) <= allowed < 1e-5 * abs(gradient)
     printed = capsys.readouterr().out
     assert f"differ by at most {abs(out - steps).max():.1e}" in printed and f"gradient {gradient:.9f}" in printed
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator compiles kernels with g++, which is not installed")
+def test_02_a_race_in_a_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+    names = runpy.run_path(str(EXAMPLES / "02_a_race_in_a_kernel.py"))
+    assert (names["y"] == names["right"]).all() and names["report"].findings == []
+    without, barrier = capsys.readouterr().out.split("WITH_BARRIER, forward")
+    assert "without a barrier, forward: 252 of 256 elements are wrong" in without and "without a barrier, reverse: 0 of 256" in without
+    writes, reads = (f"02_a_race_in_a_kernel.cu:{number}" for number in (5, 10))
+    assert f"\nrace: {writes}: " in without and f" read at {reads} with no barrier between" in without
+    assert barrier.count(": 0 of 256 elements are wrong") == 3 and barrier.endswith("no findings\n")

@@ -62,16 +62,17 @@ def build(source: str, names: Sequence[str], *, defines: Sequence[str] = (), aud
     path = Path(path)
     files = _sources(source, path)
     table = "".join(f"simt::entry({_quoted(name)}, {name}),\n" for name in names)
-    main = (f'#include "simt.h"\n#include {_quoted(path.name)}\n#line 1 "names"\n'
+    macros = "".join(f"#define {name} {value if equals else 1}\n" for name, equals, value in (define.partition("=") for define in defines))
+    main = (f'#include "simt.h"\n{macros}#include {_quoted(path.name)}\n#line 1 "names"\n'
             f'extern simt::Entry simt_entries[];\nsimt::Entry simt_entries[] = {{\n{table}}};\n')
-    flags = [*FLAGS, *(f"-D{define}" for define in defines), *(("-O1", "-fsanitize=thread,alignment") if audit else ("-O2",))]
+    flags = [*FLAGS, *(("-O1", "-fsanitize=thread,alignment") if audit else ("-O2",))]
 
     def compile_kernels(folder: Path, to: Path) -> None:
         for name, text in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
         (folder / "kernels.cpp").write_text(main, encoding="utf-8")
-        objects = [_object("runtime.cpp")] + [_object("audit.cpp")] * bool(audit)
+        objects = [_object(name) for name in ("runtime.cpp", "audit.cpp")[:1 + bool(audit)]]
         run = subprocess.run(["g++", *flags, "-I.", f"-I{HERE / 'include'}", "-c", "kernels.cpp", "-o", "kernels.o"],
                              cwd=folder, capture_output=True, text=True)
         if run.returncode:
@@ -149,7 +150,7 @@ class Module:
 # --- arguments ----------------------------------------------------------------------------------------------------------------------------
 
 def _extent(name: str, value: int | Sequence[int], limits: tuple[int, int, int]) -> tuple[int, ...]:
-    given = (value,) if isinstance(value, (int, np.integer)) else tuple(value)
+    given = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if not 1 <= len(given) <= 3 or not all(isinstance(n, (int, np.integer)) for n in given):
         raise TypeError(f"{name}: expected an integer or one to three of them, got {value!r}")
     for n, limit in zip(given, limits):
