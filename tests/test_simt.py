@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 from functools import cache
@@ -102,7 +103,7 @@ FOUND = [      # kernel, threads, kind of finding, mark of its line, what else i
     ("sum_block", 64, "race", "add", "element 0 of __shared__ sum, which thread (0, 0, 0) wrote"),
     ("sum_grid", 64, "race", "blocks add", "element 0 of argument 1 (float32, shape (128,)), which thread (0, 0, 0) of block (0, 0, 0) wrote"),
     ("next_block", 64, "race", "block writes", "block reads"),
-    ("past_shared", 64, "out of bounds", "past shared", "thread (61, 0, 0) of block (0, 0, 0) writes 4 bytes, 0 bytes past the end of __shared__ buf"),
+    ("past_shared", 64, "out of bounds", "past shared", "thread (61, 0, 0) of block (0, 0, 0) writes 4 bytes, 0 bytes past the end of __shared__ b"),
     ("past_dynamic", 64, "out of bounds", "past dynamic", "writes 4 bytes, 0 bytes past the end of dynamic shared memory"),
     ("past_global", 64, "out of bounds", "past global", "writes 4 bytes, 0 bytes past the end of argument 1 (float32, shape (128,))"),
     ("before_global", 64, "out of bounds", "before", "reads 4 bytes, 4 bytes before the start of argument 0 (float32, shape (8, 8))"),
@@ -734,3 +735,21 @@ def test_the_command_passes_arguments_in_their_order(tmp_path: Path, capsys: pyt
     assert main([str(file), "--kernel", "set<double>", "--grid", "1,1", "--block", "1", "--shared", "16", "--define", "OFFSET=1",
                  "--scalar", "int32:3", "--array", "float64 1", "--array", "out:float64 4", "--scalar", "float32:2.5"]) == 0
     assert "argument 2 (float64, shape (4,)) after the run: 1 of 4 elements are NaN or infinite" in capsys.readouterr().out
+
+
+def test_the_documented_session_is_what_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    document = (Path(__file__).parent.parent / "docs" / "simt.md").read_text(encoding="utf-8")
+    sessions, text = 0, ""
+    for language, block in re.findall(r"(?ms)^```(\w+)\n(.*?)^```$", document):
+        if language == "cpp" and block.startswith("//"):
+            text = block
+        elif language == "cpp":                                             # line 8 alone
+            text = "".join(block if number == 8 else kept for number, kept in enumerate(text.splitlines(keepends=True), 1))
+        elif language == "console":
+            shown, _, printed = block.partition("\n")
+            Path("rows.cu").write_text(text)
+            main(shlex.split(shown.removeprefix("$ python -m refattn simt ")))
+            assert capsys.readouterr().out == printed
+            sessions += 1
+    assert sessions == 4
