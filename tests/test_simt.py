@@ -154,6 +154,15 @@ def test_a_race_is_seen_in_every_order_and_a_run_repeats_itself(kernel: str, thr
     assert reports[0] == reports[1]
 
 
+def test_a_null_or_wild_pointer_is_said_to_be_one() -> None:
+    module = simt.build("__global__ void f(int* x, long long n) { x[n] = 1; }", ["f"], audit=True)
+    for x, n in ((None, 1), (np.zeros(4, np.int32), 1 << 40)):
+        report = module.launch("f", 1, 1, [x, np.int64(n)])
+        assert report is not None and len(report.findings) == 1
+        assert re.fullmatch(r"out of bounds: kernel.cu:1: thread .* writes 4 bytes at 0x[0-9a-f]+, far from every array: a null or wild pointer",
+                            report.findings[0])
+
+
 def test_what_runs_past_an_array_harms_no_other(rng: np.random.Generator) -> None:
     module = planted(audit=False)
     memory = rng.standard_normal(256).astype(np.float32)

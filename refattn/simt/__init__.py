@@ -32,7 +32,7 @@ With `audit=True` also, in `Report.findings`, each with the line and the thread:
 - reads of shared memory that no thread of the block has written;
 
 and in `Report.traffic`, by line: requests of warps to global memory with the 32-byte sectors that they touch, and to shared memory with the
-passes that they take over its 32 banks. `audit="traffic"` counts only, and is several times faster.
+passes that they take over its 32 banks. `audit="traffic"` counts only, in about half the time.
 
 What is not seen: speed, the hardware's own faults, memory order finer than barriers (`__threadfence` does nothing), the error of fast
 intrinsics such as `__expf`, contraction to fused multiply-adds, flushing of subnormals to zero, and the order in which tensor cores sum.

@@ -47,7 +47,7 @@ dim3 dim;
 uint32_t now, block_start;
 bool traffic_only, enabled;
 uintptr_t ignored[2][2], image_low, image_high, origin;
-std::map<std::tuple<std::string, int, int, const Region*>, size_t> seen;
+std::map<std::tuple<std::string, int, int, uintptr_t>, size_t> seen;
 std::vector<Finding> findings;
 uint64_t accesses;
 
@@ -63,7 +63,7 @@ std::string thread_at(const Access& access) {
 
 // kind, place, thread, read or write, bytes, array, offset in it, its bytes, bytes of an element, and for a race the other place, thread, read or write
 void report(const char* kind, int site, const Region& region, uintptr_t address, const Access* other = nullptr, bool other_writes = false) {
-  auto [known, is_new] = seen.insert({{kind, site, other ? other->site : -1, &region}, findings.size()});
+  auto [known, is_new] = seen.insert({{kind, site, other ? other->site : -1, region.low}, findings.size()});
   if (!is_new) {
     Finding& finding = findings[known->second];
     finding.more += finding.access != accesses;            // once for an access, however many granules it has
@@ -209,7 +209,7 @@ bool in_memory(uintptr_t address) { return address - uintptr_t(memory) < MEMORY;
 const Region& nearest(uintptr_t address) {
   static const Region none{0, 0, false, 0, 0, "no array", nullptr};
   const Region* best = &none;
-  uintptr_t least = UINTPTR_MAX;
+  uintptr_t least = 1 << 24;
   for (const Region& region : in_memory(address) ? shared_regions : global_regions) {
     const uintptr_t distance = address < region.low ? region.low - address : address - region.high;
     if (distance < least) least = distance, best = &region;

@@ -102,6 +102,8 @@ def _sentence(fields: list[str], arrays: dict[int, np.ndarray]) -> str:
     members = [int(i) for i in region.split()] if region[0].isdigit() else []
     name = " and ".join(f"argument {i} ({arrays[i].dtype.name}, shape {arrays[i].shape})" for i in members) or region
     byte = int(offset)
+    if region == "no array":
+        return f"out of bounds: {place}: {thread} {way} {size} bytes at 0x{byte & 2**64 - 1:x}, far from every array: a null or wild pointer"
     if kind == "out of bounds":
         last = byte + int(size) - int(extent)
         how = (f"{-byte} bytes before the start of" if byte < 0 else f"{byte - int(extent)} bytes past the end of" if byte >= int(extent) else
