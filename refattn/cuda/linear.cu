@@ -342,7 +342,7 @@ __device__ __forceinline__ void walk(unsigned char* bytes, int first, int last, 
 
 // out = Sᵀφ(q) / (zᵀφ(q) + ε). `inv` takes 1 / (den + ε) of each row, which the backward needs.
 template <typename T, int D, int M, int C, int VT, int FEATURE, bool NORM>
-__global__ void __launch_bounds__(THREADS, 2) group_outputs(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
+__global__ void __launch_bounds__(THREADS, BLOCKS<T>) group_outputs(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
                                                             const Sum<T>* __restrict__ states, T* __restrict__ out, Sum<T>* __restrict__ inv,
                                                             const int* __restrict__ query_lengths, const int* __restrict__ key_lengths, int N,
                                                             int groups, int rows, int shared, Sum<T> scale, Sum<T> eps) {
@@ -379,7 +379,7 @@ __global__ void __launch_bounds__(THREADS, 2) group_outputs(const T* __restrict_
 
 // dq_i = φ'(q_i) ⊙ scale·S_i G_i, and dden, which the other two need
 template <typename T, int D, int M, int C, int VT, int FEATURE, bool NORM>
-__global__ void __launch_bounds__(THREADS, 2) group_dq(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
+__global__ void __launch_bounds__(THREADS, BLOCKS<T>) group_dq(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
                                                        const T* __restrict__ dout, const T* __restrict__ out,
                                                        const Sum<T>* __restrict__ states, const Sum<T>* __restrict__ inv,
                                                        Sum<T>* __restrict__ dden, T* __restrict__ dq,
@@ -425,7 +425,7 @@ __global__ void __launch_bounds__(THREADS, 2) group_dq(const T* __restrict__ q, 
 
 // dk_i = φ'(k_i) ⊙ R_i [v_i | 1], over the query heads that share the key
 template <typename T, int D, int M, int C, int VT, int FEATURE, bool NORM>
-__global__ void __launch_bounds__(THREADS, 2) group_dk(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
+__global__ void __launch_bounds__(THREADS, BLOCKS<T>) group_dk(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
                                                        const T* __restrict__ dout, const Sum<T>* __restrict__ states,
                                                        const Sum<T>* __restrict__ inv, const Sum<T>* __restrict__ dden, T* __restrict__ dk,
                                                        const int* __restrict__ query_lengths, const int* __restrict__ key_lengths, int N,
@@ -466,7 +466,7 @@ __global__ void __launch_bounds__(THREADS, 2) group_dk(const T* __restrict__ q, 
 
 // dv_i = R_iᵀ φ(k_i), over the query heads that share the value
 template <typename T, int D, int M, int C, int VT, int FEATURE, bool NORM>
-__global__ void __launch_bounds__(THREADS, 2) group_dv(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ dout,
+__global__ void __launch_bounds__(THREADS, BLOCKS<T>) group_dv(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ dout,
                                                        const Sum<T>* __restrict__ states, const Sum<T>* __restrict__ inv, T* __restrict__ dv,
                                                        const int* __restrict__ query_lengths, const int* __restrict__ key_lengths, int N,
                                                        int groups, int rows, int shared, Sum<T> scale) {

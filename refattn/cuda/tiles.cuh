@@ -11,6 +11,8 @@ constexpr int THREADS = 256, WARPS = THREADS / 32;
 template <typename T> struct Sums { typedef float type; };
 template <> struct Sums<double> { typedef double type; };
 template <typename T> using Sum = typename Sums<T>::type;
+// Blocks on a multiprocessor that registers must allow: 128 registers a thread do for float, not for double
+template <typename T> constexpr int BLOCKS = sizeof(Sum<T>) == 8 ? 1 : 2;
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
