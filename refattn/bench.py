@@ -37,19 +37,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--features", type=int, nargs="+", default=[64, 128], help="D = M")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each contestant in each row (default 1)")
     parser.add_argument("--chunks", action="store_true", help="only compare chunk sizes of the chunked form")
+    parser.add_argument("--cuda-static", action="store_true", help="only the CUDA kernels, without a GPU: occupancy, traffic, roofline")
+    parser.add_argument("--device", action="store_true", help="only the CUDA kernels, on a GPU: times")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--json", metavar="FILE", help="write all figures there too")
     args = parser.parse_args(argv)
     if args.smoke:
         args.lengths, args.features, args.seconds, args.heads = [64, 128], [8], 0.01, 2
+    if args.cuda_static or args.device:
+        from .cuda.bench import device_report, static_report
+        return _written(args.json, static_report() if args.cuda_static else device_report(lengths=tuple(args.lengths), heads=args.heads,
+                                                                                         D=args.features[0]))
     peers = _peers()
     print(f"{_processor()}, {cores()} cores, Python {platform.python_version()}, NumPy {np.__version__}; "
           f"peers: {', '.join(peers) or 'none installed'}; float32, B·H = {args.heads}; {time.strftime('%Y-%m-%d')}")
     figures: dict[str, Any] = {"chunks": _chunk_table(args)} if args.chunks else {
         "products": _product_table(args, peers), "attention": _attention_table(args, peers), "growth": _growth_table(args),
         "memory": _memory_table(args), "decoding": _decoding_table(args, peers)}
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
+    return _written(args.json, figures)
+
+
+def _written(path: str | None, figures: dict[str, Any]) -> int:
+    if path:
+        with open(path, "w", encoding="utf-8") as file:
             json.dump(figures, file, indent=1)
     return 0
 

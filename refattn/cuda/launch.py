@@ -86,6 +86,25 @@ def state_bytes(width: int, tile: Tile, itemsize: int) -> int:
     return (C * (_up(width, 32) + 4) + C * (columns + 4 if columns < 32 else columns) + C) * itemsize
 
 
+def instances(dtype: str, D: int, M: int, feature: int, normalised: bool) -> list[tuple[str, int, int]]:
+    """(name expression, threads, dynamic shared memory) of every kernel for one size, those for reading too."""
+    size, flags = 8 if dtype == "float64" else 4, f"{C_TYPES[dtype]}, {D}, {M}, {feature}, {str(normalised).lower()}"
+    launched = [(name, THREADS, shared_bytes(kernel, D, M, size)) for kernel, name in names(dtype, D, M, feature, normalised).items()]
+    sequential = [(f"causal_sequential<{flags}>", 64, 0)] if D * size <= 256 else []
+    return [*launched, (f"causal_naive<{flags}>", THREADS, 0), *sequential]
+
+
+def shared_bytes(kernel: str, D: int, M: int, itemsize: int) -> int:
+    """Dynamic shared memory of a kernel, by its name in `names`."""
+    if kernel in ("group_states", "group_costates"):
+        return state_bytes(D, tile(D, M, itemsize), itemsize)
+    if kernel in ("group_outputs", "group_dv"):
+        return walk_bytes(D, tile(D, M, itemsize), itemsize)
+    if kernel in ("group_dq", "group_dk"):
+        return walk_bytes(M, tile(M, D, itemsize), itemsize)
+    return both_bytes(D, M, itemsize) if kernel == "group_dk_dv" else 0
+
+
 def group_rows(heads: int, N: int) -> int:
     """Positions in a group: the most that still leave every multiprocessor something to do.
 
@@ -138,11 +157,11 @@ def causal_forward(xp: Any, q: Array, k: Array, v: Array, S: Array | None = None
         size, wide = states.dtype.itemsize, tile(D, M, states.dtype.itemsize)
         number, i4 = states.dtype.type, np.int32
         kv = heads // shared
-        kernels.launch("group_states", (kv * groups, -(-M // wide.columns)), state_bytes(D, wide, size),
+        kernels.launch("group_states", (kv * groups, -(-M // wide.columns)), shared_bytes("group_states", D, M, size),
                        k, v, NULL, NULL, states, _or_null(key_lengths), i4(N), i4(groups), i4(rows), number(1))
         kernels.launch("scan_states", (kv, -(-(D * M + D) // THREADS)), 0,
                        states, start_S, start_z, end_S, end_z, i4(groups), i4(1), i4(D * M), i4(D), i4(0))
-        kernels.launch("group_outputs", (heads * groups, -(-M // wide.columns)), walk_bytes(D, wide, size),
+        kernels.launch("group_outputs", (heads * groups, -(-M // wide.columns)), shared_bytes("group_outputs", D, M, size),
                        q, k, v, states, out, inv if normalised else NULL, _or_null(query_lengths), _or_null(key_lengths),
                        i4(N), i4(groups), i4(rows), i4(shared), number(scale), number(eps))
         return out, end_S, end_z, residuals
@@ -169,19 +188,19 @@ def causal_backward(xp: Any, dout: Array, dS: Array | None, dz: Array | None,
         shape = i4(N), i4(groups), i4(rows), i4(shared), number(scale)
         quotient = (inv, xp.empty_like(inv)) if normalised else (NULL, NULL)
         costates = xp.empty((heads, groups, _up(D * M + D, 4)), dtype=acc)
-        kernels.launch("group_dq", (heads * groups, -(-D // over_m.columns)), walk_bytes(M, over_m, size),
+        kernels.launch("group_dq", (heads * groups, -(-D // over_m.columns)), shared_bytes("group_dq", D, M, size),
                        q, k, v, dout, out, states, *quotient, dq, *lengths, *shape)
-        kernels.launch("group_costates", (heads * groups, -(-M // over_d.columns)), state_bytes(D, over_d, size),
+        kernels.launch("group_costates", (heads * groups, -(-M // over_d.columns)), shared_bytes("group_costates", D, M, size),
                        q, dout, *quotient, costates, lengths[0], i4(N), i4(groups), i4(rows), number(scale))
         kernels.launch("scan_states", (kv, -(-(D * M + D) // THREADS)), 0,
                        costates, end_S, end_z, dS, dz, i4(groups), i4(shared), i4(D * M), i4(D), i4(1))
         if both_at_once(D, M, size):
-            kernels.launch("group_dk_dv", (kv * groups,), both_bytes(D, M, size),
+            kernels.launch("group_dk_dv", (kv * groups,), shared_bytes("group_dk_dv", D, M, size),
                            q, k, v, dout, costates, *quotient, dk, dv, *lengths, *shape)
             return dq, dk, dv, dS, dz
-        kernels.launch("group_dk", (kv * groups, -(-D // over_m.columns)), walk_bytes(M, over_m, size),
+        kernels.launch("group_dk", (kv * groups, -(-D // over_m.columns)), shared_bytes("group_dk", D, M, size),
                        q, k, v, dout, costates, *quotient, dk, *lengths, *shape)
-        kernels.launch("group_dv", (kv * groups, -(-M // over_d.columns)), walk_bytes(D, over_d, size),
+        kernels.launch("group_dv", (kv * groups, -(-M // over_d.columns)), shared_bytes("group_dv", D, M, size),
                        q, k, dout, costates, quotient[0], dv, *lengths, *shape)
         return dq, dk, dv, dS, dz
 
@@ -216,11 +235,9 @@ def _kernels(xp: Any, device: int, dtype: str, D: int, M: int, feature: int, nor
     expressions = names(dtype, D, M, feature, normalised)
     module = xp.RawModule(code=source(), options=("-std=c++17",), name_expressions=tuple(expressions.values()))
     functions = {name: module.get_function(expression) for name, expression in expressions.items()}
-    size = 8 if dtype == "float64" else 4
     for name, function in functions.items():
-        width, columns = (M, D) if name in ("group_dq", "group_dk") else (D, M)
-        needed = both_bytes(D, M, size) if name == "group_dk_dv" else walk_bytes(width, tile(width, columns, size), size)
-        if name.startswith("group_") and needed > STATIC_SHARED:
+        needed = shared_bytes(name, D, M, 8 if dtype == "float64" else 4)
+        if needed > STATIC_SHARED:
             function.max_dynamic_shared_size_bytes = needed
     return Kernels(functions)
 

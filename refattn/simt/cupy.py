@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -47,7 +48,7 @@ MAX_THREADS = 1024
 class Settings:
     """What `audit`, `threads` and `capability` change for a while."""
 
-    audit: bool = False
+    audit: Any = False
     traffic: dict[Any, Counts]
     order: str = "forward"
     seed: int = 0
@@ -66,6 +67,7 @@ class ndarray:
     shape: tuple[int, ...]
     dtype: np.dtype
     strides: tuple[int, ...]
+    nbytes: int
 
     __array_priority__ = 1000
     __array_ufunc__ = None
@@ -235,6 +237,16 @@ class Device:
         return hash(self.id)
 
 
+class Event:
+    """A moment, by the host's clock."""
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+
 class CUDARuntimeError(RuntimeError):
     pass
 
@@ -244,16 +256,18 @@ class CUDADriverError(RuntimeError):
 
 
 cuda = SimpleNamespace(
-    Device=Device, get_current_stream=lambda: SimpleNamespace(ptr=0, synchronize=lambda: None),
+    Device=Device, Event=Event, get_elapsed_time=lambda start, end: 1e3 * (end.at - start.at),
+    get_current_stream=lambda: SimpleNamespace(ptr=0, synchronize=lambda: None),
     driver=SimpleNamespace(CUDADriverError=CUDADriverError),
     runtime=SimpleNamespace(getDevice=lambda: _now.device, getDeviceCount=lambda: 2, CUDARuntimeError=CUDARuntimeError))
 
 
 @contextmanager
-def audit() -> Iterator[dict[Any, Counts]]:
-    """Every launch inside is audited; findings raise SimtError. Yields the traffic by line, of all launches together."""
+def audit(how: Any = True) -> Iterator[dict[Any, Counts]]:
+    """Every launch inside is audited; findings raise SimtError. Yields the traffic by line, of all launches together. `how="traffic"` only
+    counts, which is faster."""
     before = _now.audit
-    _now.audit, _now.traffic = True, {}
+    _now.audit, _now.traffic = how, {}
     try:
         yield _now.traffic
     finally:
@@ -299,7 +313,7 @@ class RawModule:
         bounds = r"(?:__launch_bounds__\s*\([^)]*\)\s*)?"
         self.names = tuple(dict.fromkeys(
             re.findall(rf'extern\s+"C"\s+__global__\s+void\s+{bounds}(\w+)', code) if name_expressions is None else name_expressions))
-        self._built: dict[bool, Module] = {}
+        self._built: dict[Any, Module] = {}
 
     def get_function(self, name: str) -> RawKernel:
         if name not in self.names:
