@@ -170,7 +170,7 @@ def test_version_is_that_of_setup_cfg():
 
 
 def test_extras_are_those_that_the_errors_name():
-    expected = {"cuda12x", "cuda13x", "bf16", "demo", "test", "docs", "jax", "autograd", "onnx", "mpi"}
+    expected = {"cuda12x", "cuda13x", "nvrtc", "bf16", "demo", "test", "docs", "jax", "autograd", "onnx", "mpi"}
     assert set(extras()) == expected
     named = {name for path in PACKAGE.rglob("*.py")
              for name in re.findall(r'missing_extra\("[^"]+", "(\w+)"\)', path.read_text(encoding="utf-8"))}
@@ -249,10 +249,16 @@ def documents() -> list[Path]:
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_examples_in_documents_run(path):
-    """Each python block runs; the blocks of one document run in order, in one namespace."""
+def test_examples_in_documents_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each python block runs; the blocks of one document run in order, in one namespace, beside the files that the document shows."""
+    text = path.read_text(encoding="utf-8")
+    if "simt.build(" in text and shutil.which("g++") is None:
+        pytest.skip("the emulator needs g++")
+    for name, content in re.findall(r"[Ii]n a file `([\w.]+)`:\n\n```cpp\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
-    for block in re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL):
+    for block in re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
         exec(compile(block, path.name, "exec"), namespace)
 
 
