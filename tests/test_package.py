@@ -203,7 +203,7 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_every_source_and_the_mark_of_typing(wheel):
     shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
     kept = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*")
-            if path.suffix in (".py", ".cu", ".cuh") or path.name == "py.typed" if "__pycache__" not in path.parts}
+            if path.suffix in (".py", ".cu", ".cuh", ".h", ".cpp") or path.name == "py.typed" if "__pycache__" not in path.parts}
     assert "refattn/py.typed" in shipped
     assert shipped == kept, f"only in the wheel: {sorted(shipped - kept)}; missing from it: {sorted(kept - shipped)}"
 

@@ -195,6 +195,7 @@ def asnumpy(x: ndarray) -> np.ndarray:
 
 
 def __getattr__(name: str) -> Any:
+    """The function of NumPy's name, made anew each time: in this module's globals `max` and `any` would hide Python's own."""
     if name not in FUNCTIONS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     function = getattr(np, name)
@@ -206,7 +207,6 @@ def __getattr__(name: str) -> Any:
         return _wrapped(result)
 
     on_host.__name__ = name
-    globals()[name] = on_host
     return on_host
 
 
