@@ -124,18 +124,40 @@ def test_half_as_many_registers_spill_more(wheels):
     assert 0 < one["spill_stores"] < two["spill_stores"]
 
 
-def test_a_function_that_is_called_has_figures_of_its_own(wheels):
-    """Its spills are no kernel's in the log, and no less spills."""
-    source = """
-    __device__ __noinline__ void far(const float* x, float* y) { float a[8]; for (int i = 0; i < 8; ++i) a[i] = x[i]; y[0] = a[(int)x[8]]; }
-    __global__ void calls(const float* x, float* y) { far(x, y); }
+def test_spills_of_a_function_that_is_called_are_not_lost(wheels):
+    """ptxas counts them for the function alone, not for the kernel."""
+    far = KERNELS[KERNELS.index("template <int THREADS"): KERNELS.index("__global__ void picks")]
+    far = re.sub(r"__global__ void __launch_bounds__\(.*?\)", "__device__ __noinline__ void", far.replace("int THREADS, int BLOCKS", "int THREADS"))
+    source = far + """
+    __global__ void __launch_bounds__(1024) tight(const float* x, float* y) { holds<1024>(x, y); }
+    __global__ void __launch_bounds__(256) easy(const float* x, float* y) { holds<1024>(x, y); }
     """
-    result = nvrtc_compile(source, ("calls",), "sm_90", OPTIONS)
-    found = ptxas_figures(result.log)
-    (called,) = found.keys() - {result.lowered["calls"]}
-    assert found[called]["registers"] == 0 < found[result.lowered["calls"]]["registers"]
-    (row,) = cuda_static_table(source, [("calls", 32, 0)], ["sm_90"])
-    assert row["stack"] == sum(figure["stack"] for figure in found.values()) >= 32
+    for names in (("tight", "easy"), ("easy", "tight")):
+        result = nvrtc_compile(source, names, "sm_90", OPTIONS)
+        found = ptxas_figures(result.log)
+        (called,) = found.keys() - set(result.lowered.values())
+        assert found[called]["registers"] == 0 < found[result.lowered["tight"]]["registers"] <= 64
+        assert found[called]["spill_stores"] > 0 == found[result.lowered["tight"]]["spill_stores"]
+        (row,) = cuda_static_table(source, [("tight", 1024, 0)], ["sm_90"])
+        assert row["spill_stores"] == found[called]["spill_stores"] and row["spill_loads"] == found[called]["spill_loads"]
+
+
+def test_a_called_function_shows_its_worst_figures_and_the_kernel_its_registers():
+    """Whatever the order in which kernels and what they call stand in the log."""
+    def called(stack, stores, loads):
+        return (f"ptxas info    : Function properties for called\n    {stack} bytes stack frame, {stores} bytes spill stores, "
+                f"{loads} bytes spill loads\n")
+
+    def kernel(name, between):
+        return (f"ptxas info    : Compiling entry function '{name}' for 'sm_90'\nptxas info    : Function properties for {name}\n"
+                f"    16 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n{between}"
+                "ptxas info    : Used 30 registers, 64 bytes smem, 360 bytes cmem[0]\n")
+
+    own = {"registers": 30, "spill_stores": 0, "spill_loads": 0, "stack": 16, "shared": 64}
+    worst = {"registers": 0, "spill_stores": 8, "spill_loads": 12, "stack": 4, "shared": 0}
+    for log in (kernel("one", called(4, 8, 12)) + kernel("two", called(0, 0, 0)),
+                kernel("one", "") + called(0, 0, 0) + kernel("two", "") + called(4, 8, 12)):
+        assert ptxas_figures(log) == {"one": own, "two": own, "called": worst}
 
 
 # --- instructions ------------------------------------------------------------------------------------------------------------------------
@@ -164,6 +186,13 @@ def test_every_function_has_its_instructions_and_ends(wheels):
         assert any(re.fullmatch(r"(@!?U?P\w+ )?EXIT", line) for line in lines), name
 
 
+@pytest.mark.parametrize("arch", ["sm_75", "sm_120"])
+def test_a_predicate_stands_before_its_instruction(arch, wheels):
+    result = nvrtc_compile("__global__ void f(float* x, int n) { if (threadIdx.x < n) x[threadIdx.x] = 0; }", ["f"], arch)
+    (lines,) = sass(result.cubin).values()
+    assert any(re.fullmatch(r"@!?U?P\d EXIT", line) for line in lines), lines
+
+
 def test_cupys_option_turns_subnormal_numbers_to_zero(wheels):
     """What CuPy adds is not harmless; a table made without it describes other code."""
     source = "__global__ void adds(float* x) { x[threadIdx.x] += x[threadIdx.x + 32]; }"
@@ -178,6 +207,7 @@ def test_cupys_option_turns_subnormal_numbers_to_zero(wheels):
 @pytest.mark.parametrize("arguments, blocks, fraction, limit", [
     (("sm_75", 256, 64, 0), 4, 1.0, "threads"),                # 1024 / 256; registers allow 32 / 8 = 4 too
     (("sm_75", 256, 32, 20000), 3, 0.75, "shared"),            # 20,000 → 20,224, a multiple of 256; 65,536 / 20,224
+    (("sm_75", 32, 16, 9300), 6, 0.1875, "shared"),            # → 9,472; 128 at a time it would be 9,344, and 7 blocks
     (("sm_75", 32, 16, 0), 16, 0.5, "blocks"),
     (("sm_75", 32, 16, 64 << 10), 1, 1 / 32, "shared"),        # all there is
     (("sm_75", 32, 16, (64 << 10) + 1), 0, 0.0, "shared"),
@@ -256,12 +286,12 @@ def test_occupancy_is_nvidias(nvidias, arch, threads, registers, shared):
 # --- the table ---------------------------------------------------------------------------------------------------------------------------
 
 def test_the_table_has_a_row_for_each_architecture_and_instance(wheels):
-    instances = [("keeps<float, 100>", 100, 0), ("asks", 256, 100 << 10), ("asks", 256, 1024)]
+    instances = [("keeps<float, 100>", 100, 99 << 10), ("asks", 256, 100 << 10), ("asks", 256, 1024)]
     rows = cuda_static_table(KERNELS, instances, ["sm_80", "sm_86"])
     assert [(row["arch"], row["kernel"], row["threads"], row["dynamic_shared"]) for row in rows] == [
         (arch, *instance) for arch in ("sm_80", "sm_86") for instance in instances]
     assert [(row["static_shared"], row["blocks"], row["limit"]) for row in rows] == [
-        (400, 16, "threads"), (0, 1, "shared"), (0, 8, "threads"), (400, 12, "threads"), (0, 0, "shared"), (0, 6, "threads")]
+        (400, 1, "shared"), (0, 1, "shared"), (0, 8, "threads"), (400, 0, "shared"), (0, 0, "shared"), (0, 6, "threads")]
     for row in rows:
         own = figures(row["arch"])[row["kernel"]]
         assert {key: row[key] for key in ("registers", "spill_stores", "spill_loads", "stack")} == {

@@ -134,7 +134,8 @@ def ptxas_figures(log: str) -> dict[str, dict[str, int]]:
     """For each function in the log: registers a thread, bytes of spills and of stack a thread, bytes of static shared memory a block.
 
     A stack without spills holds arrays that do not fit registers, because their indices are not known to the compiler. A device function
-    that is called and not inlined has registers 0: the kernel's are counted with its callees'.
+    that is called and not inlined has registers 0, for the kernel's are counted with its callees', but spills of its own, which the kernel's
+    do not contain; called by some kernels, it is there once, with the worst of them.
 
     >>> ptxas_figures('''
     ... ptxas info    : Compiling entry function 'f' for 'sm_90'
@@ -153,7 +154,9 @@ def ptxas_figures(log: str) -> dict[str, dict[str, int]]:
             symbol = match[1]
         elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
             stack, stores, loads = map(int, match.groups())
-            found[symbol] = {"registers": 0, "spill_stores": stores, "spill_loads": loads, "stack": stack, "shared": 0}
+            before = found.get(symbol, {"spill_stores": 0, "spill_loads": 0, "stack": 0})
+            found[symbol] = {"registers": 0, "spill_stores": max(stores, before["spill_stores"]),
+                             "spill_loads": max(loads, before["spill_loads"]), "stack": max(stack, before["stack"]), "shared": 0}
         elif match := re.search(r"Used (\d+) registers", line):
             shared = re.search(r"(\d+) bytes smem", line)
             found[entry].update(registers=int(match[1]), shared=int(shared[1]) if shared else 0)
@@ -182,12 +185,11 @@ def occupancy(arch: str, threads: int, registers: int, shared: int) -> Occupancy
     sm, warps = MULTIPROCESSORS[arch], _up(threads, WARP) // WARP
     a_warps_registers = _up(registers * WARP, REGISTER_UNIT)
     a_blocks_shared = _up(shared + sm.reserved, sm.shared_unit)
-    launchable = a_warps_registers * _up(warps, PARTITIONS) <= REGISTERS
     warps_by_registers = REGISTERS // PARTITIONS // a_warps_registers * PARTITIONS
     most = {
         "threads": sm.threads // WARP // warps,
         "blocks": sm.blocks,
-        "registers": warps_by_registers // warps if launchable else 0,
+        "registers": warps_by_registers // warps,
         "shared": sm.shared // a_blocks_shared if 0 < a_blocks_shared <= sm.shared_per_block + sm.reserved else 0 if a_blocks_shared else sm.blocks,
     }
     limit = min(most, key=lambda name: most[name])
