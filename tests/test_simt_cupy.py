@@ -27,6 +27,8 @@ extern "C" __global__ void stage(const float* x, float* y, int wait) {
   if (wait) __syncthreads();
   y[threadIdx.x] = buffer[blockDim.x - 1 - threadIdx.x];
 }
+extern "C" __launch_bounds__(32) __global__ void by_four(const float4* x, void* y) { ((float4*)y)[threadIdx.x] = x[threadIdx.x]; }
+template <int T> __global__ void __launch_bounds__(T) bound_by_template(int* y) { y[0] = 1; }
 """
 NAME = "scale<float>"
 f4, i4, i8 = np.float32, np.int32, np.int64
@@ -36,7 +38,8 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="kernels
 
 @pytest.fixture(scope="module")
 def module():
-    return cp.RawModule(code=SOURCE, options=("-std=c++17",), name_expressions=(NAME, "scale<__half>", "scale<__nv_bfloat16>", "mark", "stage"))
+    return cp.RawModule(code=SOURCE, options=("-std=c++17",), name_expressions=(
+        NAME, "scale<__half>", "scale<__nv_bfloat16>", "mark", "stage", "by_four", "bound_by_template<32>"))
 
 
 def arrays(n=100, dtype=f4):
@@ -87,8 +90,11 @@ def test_an_array_of_another_device_is_refused(module):
         z = cp.empty(100, dtype=f4)
     with pytest.raises(cp.CUDADriverError, match="argument 1 .* on device 1, the kernel runs on 0"):
         module.get_function(NAME)((2,), (64,), (x, z, i4(100), i8(0), f4(2)))
-    with pytest.raises(ValueError, match="array device = 1 while current = 0"):
-        x + z
+    for use in (lambda: x + z, lambda: z + 1, lambda: z.sum(), lambda: cp.exp(z), lambda: z.__iadd__(1)):
+        with pytest.raises(ValueError, match="array device = 1 while current = 0"):
+            use()
+    for view in (z[1:], z.reshape(10, 10), z.reshape(10, 10).swapaxes(0, 1), z.T):
+        assert view.device == cp.cuda.Device(1) != x.device               # a view lies where its array lies
 
 
 @needs_compiler
@@ -101,14 +107,29 @@ def test_faults_of_the_launch_are_named(module):
             kernel(grid, block, args)
     with pytest.raises(cp.CUDADriverError, match="block .1025, 1, 1."):
         module.get_function("mark")((1,), (1025,), (cp.zeros(1, dtype=i4),))
-    for grid, block, words in ((1, (64,), "grid: expected a tuple"), ((1,), 64, "block: expected a tuple")):
+    for grid, block, words in ((1, (64,), "grid: expected a tuple"), ((1,), 64, "block: expected a tuple"), ((100 / 64,), (64,), "float"),
+                               ((1,), (64.0,), "float")):
         with pytest.raises(TypeError, match=words):
             kernel(grid, block, args)
     with pytest.raises(cp.CUDADriverError, match="CUDA_ERROR_NOT_FOUND: .*scale<double>"):
         module.get_function("scale<double>")
     with pytest.raises(TypeError, match="options must be a tuple"):
         cp.RawModule(code=SOURCE, options=["-std=c++17"])
-    assert cp.RawModule(code=SOURCE).names == ("mark", "stage")
+    assert cp.RawModule(code=SOURCE).names == ("mark", "stage", "by_four")
+
+
+@needs_compiler
+def test_launch_bounds_hold_wherever_they_stand_and_are_never_passed_over(module):
+    x, y = arrays(128)
+    kernel = module.get_function("by_four")
+    kernel((1,), (32,), (x, y))                                         # float4* and void* take arrays of float32
+    assert np.array_equal(x.get(), y.get())
+    with pytest.raises(cp.CUDADriverError, match="block .33, 1, 1., where by_four is bound to 32 threads"):
+        kernel((1,), (33,), (x, y))
+    with pytest.raises(TypeError, match="argument 0 of by_four: expected an array of f4x4, got float64"):
+        kernel((1,), (32,), (x.astype(np.float64), y))
+    with pytest.raises(ValueError, match=r"__launch_bounds__\(T\): expected a number or a constexpr int"):
+        module.get_function("bound_by_template<32>")
 
 
 @needs_compiler
@@ -171,11 +192,36 @@ def test_what_cupy_lacks_is_lacking_and_what_is_new_is_garbage():
     assert not hasattr(x, "mT") and not hasattr(cp, "cumulative_sum")
     with pytest.raises(AttributeError, match="has no attribute 'lexsort'"):
         _ = cp.lexsort
+    for missing in (lambda: hash(x), lambda: x.flags.writeable, lambda: cp.exp.reduceat, lambda: cp.sum(x, where=x > 0),
+                    lambda: cp.max(x, initial=0)):
+        with pytest.raises((AttributeError, TypeError), match="unhashable|no attribute|unexpected keyword argument '(where|initial)'"):
+            missing()
+    for dtype in (object, np.longdouble, ">f4", "S3", ml_dtypes.float8_e4m3fn):
+        with pytest.raises(ValueError, match="Unsupported dtype"):
+            cp.asarray(np.zeros(2, dtype))
     for y in (cp.empty((2, 3), dtype=np.float16), cp.empty_like(x), cp.empty(4, dtype=ml_dtypes.bfloat16)):
         assert np.isnan(y.get().astype(float)).all()
     assert x.__array_namespace__() is cp and isinstance(cp.sum(x), cp.ndarray) and cp.sum(x).shape == ()
     assert cp.asarray(x) is x and x.astype(f4, copy=False) is x and x.astype(f4) is not x
     assert cp.ascontiguousarray(x) is x and cp.ascontiguousarray(x.T).flags.c_contiguous
+
+
+def test_matrix_products_in_half_precision_sum_in_float32_and_those_in_bfloat16_are_refused():
+    half = cp.ones((1, 4096), dtype=np.float16)
+    assert (half @ half.T).get() == 4096 and (half @ half.T).dtype == np.float16              # a sum in float16 would stop at 2048
+    wide = cp.ones((2, 3), dtype=ml_dtypes.bfloat16)
+    for product in (lambda: wide @ wide.T, lambda: cp.matmul(wide, wide.T), lambda: wide @ cp.ones((3, 1), dtype=f4)):
+        with pytest.raises(TypeError, match="matmul of bfloat16: .* cast to float32 first"):
+            product()
+
+
+def test_what_is_written_into_comes_back_itself():
+    x, y = cp.ones(3, dtype=f4), cp.empty(3, dtype=f4)
+    assert cp.add(x, 1, out=y) is y and (y.get() == 2).all()
+    assert cp.add.reduceat(y, cp.asarray(np.array([0, 1])), axis=0).get().tolist() == [2, 4]
+    z = y
+    y += x
+    assert z is y and (z.get() == 3).all()
 
 
 ONE = ("exp", "tanh", "sqrt", "abs", "isfinite", "negative", "square", "zeros_like", "ones_like", "positive")

@@ -5,8 +5,9 @@
     out, state = refattn.causal_linear_attention(q, q, q)        # the kernels of refattn/cuda, run by the emulator
     out.get()                                                    # a NumPy array
 
-The names that refattn uses of CuPy 14, and no others. What differs from NumPy is as in CuPy: nothing becomes a NumPy array by itself, arrays
-have no `mT`, a reduction gives an array without axes, and new memory holds garbage (here NaN, so that what nobody wrote shows).
+The names that refattn uses of CuPy 14.0, and no others. What differs from NumPy is as in CuPy: nothing becomes a NumPy array by itself, arrays
+lie on a device, a reduction gives an array without axes, and new memory holds garbage (here NaN, so that what nobody wrote shows). Where CuPy
+is not sure it is stricter: no `mT` (CuPy 13 has none), no products of bfloat16 matrices (stacks of them fail in CuPy 14.2), few keywords.
 
 Kernels are compiled and run by `refattn.simt`. Each argument is held against the kernel's real parameters, and each launch against CUDA's limits:
 on a device a wrong width or a missing argument is undefined behaviour, here it is a TypeError.
@@ -17,6 +18,7 @@ on a device a wrong width or a missing argument is undefined behaviour, here it 
 """
 from __future__ import annotations
 
+import operator
 import re
 import sys
 import time
@@ -32,13 +34,15 @@ from . import Counts, Module, SimtError, build, dtype_code
 float16, float32, float64, int32, int64 = np.float16, np.float32, np.float64, np.int32, np.int64
 bool_, finfo, pi = np.bool_, np.finfo, np.pi
 
-# Names that CuPy shares with NumPy and that take and return arrays. CuPy 14 has no cumulative_sum.
+# Names that CuPy shares with NumPy and that take and return arrays. cumulative_sum came with a later CuPy than 14.0.
 FUNCTIONS = frozenset("""
     abs absolute add all any arange argmax argsort array broadcast_to clip concat concatenate cos cumsum divide empty_like equal exp
     expand_dims flatnonzero flip full full_like isfinite isinf isnan log matmul max maximum min minimum moveaxis multiply negative ones
     ones_like positive prod put_along_axis repeat reshape roll sin split sqrt square stack subtract sum swapaxes take take_along_axis tanh
     transpose where zeros zeros_like
 """.split())
+KEYWORDS = frozenset("a_max a_min axis axis1 axis2 copy dtype fill_value indices keepdims kind order out repeats shape shift start stop step".split())
+DTYPES = frozenset("?bhilqBHILQefdFD")      # and bfloat16
 
 SHARED_LIMITS = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 STATIC_SHARED = 48 << 10
@@ -57,6 +61,7 @@ class Settings:
 
 
 _now = Settings()
+_now.traffic = {}
 
 
 # --- arrays -------------------------------------------------------------------------------------------------------------------------------
@@ -71,8 +76,10 @@ class ndarray:
 
     __array_priority__ = 1000
     __array_ufunc__ = None
+    __hash__ = None         # type: ignore[assignment]
 
     def __init__(self, host: np.ndarray, device: int | None = None) -> None:
+        _check_dtype(host.dtype)
         self._host, self.device = host, Device(_now.device if device is None else device)
 
     def __array_namespace__(self, api_version: str | None = None) -> Any:
@@ -112,6 +119,11 @@ class ndarray:
         return ndarray(_allocated(self._host), self.device.id)
 
     @property
+    def flags(self) -> SimpleNamespace:
+        flags = self._host.flags
+        return SimpleNamespace(c_contiguous=flags.c_contiguous, f_contiguous=flags.f_contiguous, owndata=flags.owndata)
+
+    @property
     def data(self) -> SimpleNamespace:
         return SimpleNamespace(ptr=self._host.ctypes.data)
 
@@ -120,14 +132,17 @@ class ndarray:
         return ndarray(self._host.T, self.device.id)
 
 
+VIEWS = ("reshape", "transpose", "swapaxes", "ravel", "squeeze")
+
+
 def _delegate() -> None:
     """Attributes, methods and operators that mean what they mean in NumPy."""
-    for name in ("shape", "dtype", "ndim", "size", "strides", "flags", "nbytes", "itemsize"):
+    for name in ("shape", "dtype", "ndim", "size", "strides", "nbytes", "itemsize"):
         setattr(ndarray, name, property(_attribute(name)))
-    for name in ("reshape", "transpose", "swapaxes", "sum", "max", "min", "any", "all", "ravel", "squeeze", "item", "tolist"):
+    for name in (*VIEWS, "sum", "max", "min", "any", "all", "item", "tolist"):
         setattr(ndarray, name, _method(name))
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"):
-        for form in (name, "r" + name, "i" + name):
+        for form in (name, "r" + name, "i" + name)[:2 if name == "matmul" else 3]:      # x @= y makes a new array, as in CuPy
             setattr(ndarray, f"__{form}__", _method(f"__{form}__"))
     for name in ("neg", "pos", "abs", "invert", "eq", "ne", "lt", "le", "gt", "ge"):
         setattr(ndarray, f"__{name}__", _method(f"__{name}__"))
@@ -139,12 +154,24 @@ def _attribute(name: str) -> Callable[[ndarray], Any]:
 
 def _method(name: str) -> Callable[..., Any]:
     def method(self: ndarray, *args: Any, **kwargs: Any) -> Any:
-        result = getattr(self._host, name)(*_unwrapped(args), **{key: _unwrapped(x) for key, x in kwargs.items()})
-        return self if result is self._host else _wrapped(result)
+        host = self._host if name in VIEWS else _unwrapped(self)
+        return _called(name, getattr(host, name), args, kwargs, self)
     return method
 
 
 _delegate()
+
+
+def _called(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], self: ndarray | None = None) -> Any:
+    """The result of a function of NumPy, on the device of `self`; an array that was written into comes back itself."""
+    if not KEYWORDS.issuperset(kwargs):
+        raise TypeError(f"{name}() got an unexpected keyword argument {min(set(kwargs) - KEYWORDS)!r}: CuPy has it not, or not in each release")
+    given = (*args, *kwargs.values(), *([self] if self is not None else []))
+    if "matmul" in name and any(getattr(x, "dtype", None) is not None and x.dtype.name == "bfloat16" for x in given):
+        raise TypeError("matmul of bfloat16: CuPy and NumPy disagree, and CuPy 14 fails for stacks of matrices; cast to float32 first")
+    result = function(*_unwrapped(args), **{key: _unwrapped(x) for key, x in kwargs.items()})
+    same = [x for x in given if isinstance(x, ndarray) and x._host is result]
+    return same[0] if same else _wrapped(result, None if self is None else self.device.id)
 
 
 def _unwrapped(x: Any) -> Any:
@@ -158,10 +185,15 @@ def _unwrapped(x: Any) -> Any:
     return type(x)(map(_unwrapped, x)) if type(x) in (tuple, list) else x
 
 
-def _wrapped(x: Any) -> Any:
-    if isinstance(x, np.ndarray):
-        return ndarray(x)
-    return ndarray(np.asarray(x)) if isinstance(x, np.generic) else [_wrapped(y) for y in x] if isinstance(x, list) else x
+def _wrapped(x: Any, device: int | None = None) -> Any:
+    if isinstance(x, (np.ndarray, np.generic)):
+        return ndarray(np.asarray(x), device)
+    return [_wrapped(y) for y in x] if isinstance(x, list) and x and isinstance(x[0], np.ndarray) else x
+
+
+def _check_dtype(dtype: np.dtype) -> None:
+    if (dtype.char not in DTYPES and dtype.name != "bfloat16") or not dtype.isnative:
+        raise ValueError(f"Unsupported dtype {dtype}")
 
 
 def _allocated(values: np.ndarray) -> np.ndarray:
@@ -173,6 +205,7 @@ def _allocated(values: np.ndarray) -> np.ndarray:
 def _new(shape: Any, dtype: Any) -> np.ndarray:
     """Memory of its own, which a launch aligns as a device would; all bits are 1: NaN in every float type."""
     dtype, shape = np.dtype(dtype), (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
+    _check_dtype(dtype)
     return np.full(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize, 0xFF, np.uint8).view(dtype).reshape(shape)
 
 
@@ -201,12 +234,12 @@ def __getattr__(name: str) -> Any:
     function = getattr(np, name)
 
     def on_host(*args: Any, **kwargs: Any) -> Any:
-        result = function(*_unwrapped(args), **{key: _unwrapped(x) for key, x in kwargs.items()})
-        if name == "empty_like":
-            return ndarray(_new(result.shape, result.dtype))
-        return _wrapped(result)
+        result = _called(name, function, args, kwargs)
+        return empty(result.shape, result.dtype) if name == "empty_like" else result
 
     on_host.__name__ = name
+    if name == "add":        # the one ufunc that has it in CuPy
+        on_host.reduceat = lambda *args, **kwargs: _called("reduceat", np.add.reduceat, args, kwargs)     # type: ignore[attr-defined]
     return on_host
 
 
@@ -266,12 +299,12 @@ cuda = SimpleNamespace(
 def audit(how: Any = True) -> Iterator[dict[Any, Counts]]:
     """Every launch inside is audited; findings raise SimtError. Yields the traffic by line, of all launches together. `how="traffic"` only
     counts, which is faster."""
-    before = _now.audit
+    before = _now.audit, _now.traffic
     _now.audit, _now.traffic = how, {}
     try:
         yield _now.traffic
     finally:
-        _now.audit = before
+        _now.audit, _now.traffic = before
 
 
 @contextmanager
@@ -311,8 +344,8 @@ class RawModule:
             raise ValueError(f"backend: expected 'nvrtc', got {backend!r}")
         self.code, self.options = code, options
         bounds = r"(?:__launch_bounds__\s*\([^)]*\)\s*)?"
-        self.names = tuple(dict.fromkeys(
-            re.findall(rf'extern\s+"C"\s+__global__\s+void\s+{bounds}(\w+)', code) if name_expressions is None else name_expressions))
+        self.names = tuple(dict.fromkeys(re.findall(rf'extern\s+"C"\s+{bounds}__global__\s+{bounds}void\s+{bounds}(\w+)', code)
+                                         if name_expressions is None else name_expressions))
         self._built: dict[Any, Module] = {}
 
     def get_function(self, name: str) -> RawKernel:
@@ -334,7 +367,9 @@ class RawKernel:
     def __init__(self, module: RawModule, name: str) -> None:
         self.module, self.name, self._allowed = module, name, STATIC_SHARED
         bare = re.escape(name.partition("<")[0])
-        found = re.search(rf"__launch_bounds__\s*\(\s*(\w+)[^)]*\)\s*{bare}\b", module.code)
+        found = re.search(rf"__launch_bounds__\s*\(\s*(\w+)[^)]*\)\s*(?:__global__\s+)?(?:void\s+)?{bare}\s*\(", module.code)
+        if not found and re.search(rf"__launch_bounds__[^;{{}}]*\b{bare}\s*\(", module.code):
+            raise ValueError(f"{name}: expected __launch_bounds__(number or constexpr int, …) before the name; the stand-in reads no other")
         self._bound = _constant(found[1], module.code) if found else MAX_THREADS
 
     @property
@@ -352,7 +387,7 @@ class RawKernel:
         for name, value in (("grid", grid), ("block", block), ("args", args)):
             if not isinstance(value, tuple):
                 raise TypeError(f"{name}: expected a tuple, got {type(value).__name__}")
-        blocks, size = (tuple(max(1, int(n)) for n in (*x, 1, 1)[:3]) for x in (grid, block))       # CuPy makes 1 of 0: an empty grid RUNS
+        blocks, size = (tuple(max(1, operator.index(n)) for n in (*x, 1, 1)[:3]) for x in (grid, block))   # CuPy makes 1 of 0: an empty grid RUNS
         if int(np.prod(size)) > min(MAX_THREADS, self._bound) or size[2] > 64:
             raise CUDADriverError(f"CUDA_ERROR_INVALID_VALUE: block {size}, where {self.name} is bound to {self._bound} threads")
         if blocks[0] >= 2**31 or max(blocks[1:]) >= 2**16:
@@ -387,7 +422,7 @@ def _packed_one(where: str, code: str, x: Any) -> Any:
             raise TypeError(f"{where}: expected a scalar {code}, got an array")
         if x.device.id != _now.device:
             raise CUDADriverError(f"{where}: the array is on device {x.device.id}, the kernel runs on {_now.device}")
-        if dtype_code(x.dtype) != kind:
+        if kind != "void" and kind.partition("x")[0] != dtype_code(x.dtype):                # float4* takes an array of float32
             raise TypeError(f"{where}: expected an array of {kind}, got {x.dtype}")
         if not x._host.flags.c_contiguous:
             raise TypeError(f"{where}: expected a contiguous array, got strides {x.strides}: a kernel sees only where it starts")
@@ -408,5 +443,7 @@ def _constant(text: str, code: str) -> int:
     """A number, or the constexpr int that is named."""
     if text.isdigit():
         return int(text)
-    found = re.search(rf"\b{text}\s*=\s*(\d+)", code)
-    return int(found[1]) if found else MAX_THREADS
+    found = re.search(rf"\bint\s+{text}\s*=\s*(\d+)\s*[;,]", code)
+    if found is None:
+        raise ValueError(f"__launch_bounds__({text}): expected a number or a constexpr int whose value is a number")
+    return int(found[1])
