@@ -62,6 +62,7 @@ FAULTS = {
     "unsigned where it has int": (lambda x, y: (x, y, np.uint32(100), i8(0), f4(2)), TypeError, "argument 2 .* expected i4, got uint32"),
     "an array where it has a number": (lambda x, y: (x, y, x, i8(0), f4(2)), TypeError, "argument 2 .* expected a scalar i4, got an array"),
     "a number where it has a pointer": (lambda x, y: (x, i4(0), i4(100), i8(0), f4(2)), TypeError, "argument 1 .* expected an array or np.uint64"),
+    "an address": (lambda x, y: (x, np.uint64(y.data.ptr), i4(100), i8(0), f4(2)), TypeError, "argument 1 .* expected an array or np.uint64.0."),
     "None": (lambda x, y: (x, None, i4(100), i8(0), f4(2)), TypeError, "argument 1 .* Unsupported type"),
     "a NumPy array": (lambda x, y: (x, y.get(), i4(100), i8(0), f4(2)), TypeError, "argument 1 .* Unsupported type <class 'numpy.ndarray'>"),
     "float64 for float": (lambda x, y: (x.astype(np.float64), y, i4(100), i8(0), f4(2)), TypeError, "argument 0 .* an array of f4, got float64"),
@@ -162,11 +163,23 @@ def test_an_audit_finds_the_race_that_a_plain_run_passes_over(module):
     with cp.audit(), pytest.raises(SimtError, match="stage: .*race|stage: .*uninitialised"):
         kernel((1,), (64,), (x, y, i4(0)), shared_mem=256)
     with cp.audit() as traffic:
+        with cp.audit() as inner:
+            kernel((1,), (64,), (x, y, i4(1)), shared_mem=256)
+        assert not traffic
         kernel((1,), (64,), (x, y, i4(1)), shared_mem=256)
-    assert sum(c.requests for c in traffic.values()) == 8              # two warps: x, buffer, buffer, y
-    with cp.threads("reverse"):
-        kernel((1,), (64,), (x, y, i4(1)), shared_mem=256)
-        assert np.array_equal(y.get(), np.arange(64)[::-1])
+    assert traffic == inner and sum(c.requests for c in traffic.values()) == 8              # two warps: x, buffer, buffer, y
+
+
+@needs_compiler
+def test_the_order_of_the_threads_shows_in_a_race_and_nowhere_else(module):
+    x, y = arrays(64)
+    kernel, results = module.get_function("stage"), {0: [], 1: []}
+    for order in ("forward", "reverse"):
+        with cp.threads(order):
+            for wait, found in results.items():
+                kernel((1,), (64,), (x, y, i4(wait)), shared_mem=256)
+                found.append(y.get().tobytes())
+    assert results[1][0] == results[1][1] and results[0][0] != results[0][1]
 
 
 # --- arrays -------------------------------------------------------------------------------------------------------------------------------
