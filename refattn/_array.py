@@ -109,8 +109,13 @@ def cast(x: Array, dtype: Any) -> Array:
     return x if x.dtype == dtype else x.astype(dtype) if hasattr(x, "astype") else x.__array_namespace__().astype(x, dtype)
 
 
+def on_host(x: Any) -> np.ndarray:
+    """Integers that are needed here, as a NumPy array: from a list, from NumPy, or from a device by `.get()`."""
+    return x.get() if hasattr(x, "get") and not isinstance(x, np.ndarray) else np.asarray(x)
+
+
 def transposed(x: Array) -> Array:
-    """The last two axes exchanged; CuPy arrays have no mT."""
+    """The last two axes exchanged; not all libraries' arrays have mT (CuPy's before 14)."""
     return x.mT if hasattr(x, "mT") else x.swapaxes(-1, -2)
 
 
@@ -164,7 +169,7 @@ def check_lengths(name: str, lengths: Any, lead: tuple[int, ...], n: int, symbol
     """Lengths as an integer array of shape `lead`. They may be given for the first leading axes only: (B,) serves (B, H, N, D)."""
     if lengths is None:
         return None
-    given = lengths.get() if type(lengths).__module__.partition(".")[0] == "cupy" else np.asarray(lengths)
+    given = on_host(lengths)
     if given.dtype.kind not in "iu":
         raise TypeError(f"{name}: expected integers, got {given.dtype.name}")
     if given.ndim > len(lead) or given.shape != lead[: given.ndim]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ._array import Array, Axes, accumulator, cast, check_cotangent, check_dtypes, check_number, check_qkv, check_shape, namespace
+from ._array import Array, Axes, accumulator, cast, check_cotangent, check_dtypes, check_number, check_qkv, check_shape, namespace, on_host
 from .attention import Pullback, check_state_dtype, has_kernels
 from .causal import (causal_chunked_backward, causal_chunked_forward, causal_scan_backward, causal_scan_forward, causal_step,
                      causal_step_backward)
@@ -218,7 +218,7 @@ def _check_state(state: Array | None, q: Array, axes: Axes, sequences: int | Non
 def _check_packing(cu_seqlens: Any, n: int) -> np.ndarray | None:
     if cu_seqlens is None:
         return None
-    bounds = cu_seqlens.get() if type(cu_seqlens).__module__.partition(".")[0] == "cupy" else np.asarray(cu_seqlens)
+    bounds = on_host(cu_seqlens)
     if bounds.dtype.kind not in "iu":
         raise TypeError(f"cu_seqlens: expected integers, got {bounds.dtype.name}")
     if bounds.ndim != 1 or not len(bounds) or bounds[0] != 0 or bounds[-1] != n or (bounds[1:] < bounds[:-1]).any():

@@ -624,7 +624,7 @@ def _grown(keys: Array, values: Array, room: int, xp: Any) -> _Store:
 
 def _writable(**arrays: Array) -> Any:
     xp = namespace(**arrays)
-    if xp.__name__ not in ("numpy", "cupy"):
+    if xp is not np and not hasattr(xp, "RawModule"):                        # CuPy, or its stand-in
         raise TypeError(f"{next(iter(arrays))}: expected a NumPy or CuPy array, got one of {xp.__name__}: the cache is written in place; "
                         "use softmax_attention on the whole sequence")
     return xp

@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refattn import State, causal_linear_attention, causal_linear_attention_step, linear_attention, oracle, recurrence, vjp
+from refattn import State, causal_linear_attention, causal_linear_attention_step, linear_attention, oracle, recurrence, softmax_attention, vjp
 from refattn.causal import causal_masked_backward, causal_masked_forward
 from refattn.cuda import bench, launch
 from refattn.simt import cupy as stand_in
+from refattn.softmax import softmax_step
 from refattn.testing import budgets, laws
+from refattn.testing.softmax_budget import softmax_forward_budget
 
 # One size for each dtype, so that a kernel is compiled once: D ≠ M, neither a multiple of 4, one row longer than a tile's columns
 SIZES = {"float64": (5, 7), "float32": (6, 5), "float16": (8, 4), "bfloat16": (8, 4)}
@@ -279,3 +281,24 @@ def test_without_cupy_the_bench_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(ImportError, match="cuda13x"):
         bench.device_report()
+
+
+@few
+@given(seeds)
+def test_lengths_and_bounds_may_lie_on_the_device(cp, seed):
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal((2, 3, 20, n)).astype(np.float32) for n in (6, 6, 5))
+    nk, bounds = rng.integers(0, 21, 2), np.array([0, 7, 20])
+    arrays = to_device(cp, q, k, v)
+    laws.law_equal_bits({where: to_host(linear_attention(*arrays, causal=True, key_lengths=n), *recurrence(*arrays, cu_seqlens=b))
+                         for where, n, b in (("host", nk, bounds), ("device", cp.asarray(nk), cp.asarray(bounds)))})
+
+
+def test_softmax_decodes_with_a_cache_on_the_device(cp, rng):
+    q, k, v = (rng.standard_normal((2, 4, 6)).astype(np.float32) for _ in range(3))
+    whole, cache, outs = softmax_attention(q, k, v, causal=True), None, []
+    for t in range(4):
+        out, cache = softmax_step(*to_device(cp, q[:, t], k[:, t], v[:, t]), cache)
+        outs.append(out.get())
+    budget = softmax_forward_budget(q, k, v, causal=True)
+    budgets.assert_within(np.stack(outs, -2), whole, 2 * budget)
