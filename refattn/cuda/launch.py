@@ -41,14 +41,19 @@ class Tile(NamedTuple):
     columns: int
 
 
-def source() -> str:
-    """`linear.cu` with what it includes, as one text for NVRTC. `#line` keeps the names of the files in messages."""
+def source(tensor: bool = False) -> str:
+    """`linear.cu`, or `tensor.cu`, with what it includes, as one text for NVRTC. `#line` keeps the names of the files in messages."""
     here = Path(__file__).parent
     tiles = (here / "tiles.cuh").read_text(encoding="utf-8").replace("#pragma once\n", "\n")
     code = (here / "linear.cu").read_text(encoding="utf-8")
     before, _, after = code.partition('#include "tiles.cuh"\n')
     line = before.count("\n") + 2
-    return f'{before}#line 1 "tiles.cuh"\n{tiles}#line {line} "linear.cu"\n{after}'
+    linear = f'{before}#line 1 "tiles.cuh"\n{tiles}#line {line} "linear.cu"\n{after}'
+    if not tensor:
+        return linear
+    before, _, after = (here / "tensor.cu").read_text(encoding="utf-8").partition('#include "linear.cu"\n')
+    line = before.count("\n") + 2
+    return f'{before}#line 1 "linear.cu"\n{linear}#line {line} "tensor.cu"\n{after}'
 
 
 def tile(width: int, columns: int, itemsize: int) -> Tile:
@@ -84,6 +89,16 @@ def state_bytes(width: int, tile: Tile, itemsize: int) -> int:
     """Shared memory of group_states: y, z, and one number a row."""
     C, columns = tile
     return (C * (_up(width, 32) + 4) + C * (columns + 4 if columns < 32 else columns) + C) * itemsize
+
+
+def tensor_bytes(kernel: str, D: int, M: int) -> int:
+    """Shared memory of group_states_tc: k and v, or a tile of each warp; and of group_outputs_tc: these tiles; q, k, v; the weights and the
+    state, each as two parts; the key sum, two numbers a row, and one a warp."""
+    row_d, columns, stages = _up(D, 16) + 8, min(_up(M, 16), 64), 8 * (15 * 24 + 16) * 4
+    if kernel == "group_states_tc":
+        return max(2 * 64 * (row_d + _up(M, 16) + 8), stages)
+    C, row_v = 32, columns + 8
+    return stages + 2 * (2 * C * row_d + C * row_v + 2 * C * (C + 8) + 2 * _up(D, 16) * row_v) + 4 * (_up(D, 16) + 2 * C + 8)
 
 
 def instances(dtype: str, D: int, M: int, feature: int, normalised: bool) -> list[tuple[str, int, int]]:
