@@ -29,6 +29,7 @@ THREADS = 256
 GROUP_ROWS = 1024, 512, 256       # positions that one block walks through: the longer, the less is moved; the shorter, the more blocks there are
 BLOCKS_WANTED = 256
 BOTH_ROWS = 16                    # positions at a time where one kernel makes dk and dv
+TENSOR_COLUMNS = 64               # of v, in a block of group_outputs_tc
 STATIC_SHARED = 48 << 10          # more shared memory than this a kernel must ask for
 C_TYPES = {"float32": "float", "float64": "double", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 NULL = np.uint64(0)
@@ -94,11 +95,21 @@ def state_bytes(width: int, tile: Tile, itemsize: int) -> int:
 def tensor_bytes(kernel: str, D: int, M: int) -> int:
     """Shared memory of group_states_tc: k and v, or a tile of each warp; and of group_outputs_tc: these tiles; q, k, v; the weights and the
     state, each as two parts; the key sum, two numbers a row, and one a warp."""
-    row_d, columns, stages = _up(D, 16) + 8, min(_up(M, 16), 64), 8 * (15 * 24 + 16) * 4
+    row_d, columns, stages = _up(D, 16) + 8, min(_up(M, 16), TENSOR_COLUMNS), 8 * (15 * 24 + 16) * 4
     if kernel == "group_states_tc":
         return max(2 * 64 * (row_d + _up(M, 16) + 8), stages)
     C, row_v = 32, columns + 8
     return stages + 2 * (2 * C * row_d + C * row_v + 2 * C * (C + 8) + 2 * _up(D, 16) * row_v) + 4 * (_up(D, 16) + 2 * C + 8)
+
+
+def tensor_fits(capability: int, dtype: str, D: int, M: int) -> bool:
+    """Whether tensor cores of a device can take the forward: bfloat16 needs sm_80, and so does a block of half with over 64 KB.
+
+    >>> tensor_fits(75, "float16", 64, 64), tensor_fits(75, "float16", 128, 128), tensor_fits(80, "bfloat16", 128, 128)
+    (True, False, True)
+    """
+    least = 75 if dtype == "float16" and tensor_bytes("group_outputs_tc", D, M) <= 64 << 10 else 80
+    return dtype in ("float16", "bfloat16") and max(D, M) <= 128 and capability >= least
 
 
 def instances(dtype: str, D: int, M: int, feature: int, normalised: bool) -> list[tuple[str, int, int]]:
@@ -111,6 +122,8 @@ def instances(dtype: str, D: int, M: int, feature: int, normalised: bool) -> lis
 
 def shared_bytes(kernel: str, D: int, M: int, itemsize: int) -> int:
     """Dynamic shared memory of a kernel, by its name in `names`."""
+    if kernel.endswith("_tc"):
+        return tensor_bytes(kernel, D, M)
     if kernel in ("group_states", "group_costates"):
         return state_bytes(D, tile(D, M, itemsize), itemsize)
     if kernel in ("group_outputs", "group_dv"):
@@ -132,11 +145,14 @@ def group_rows(heads: int, N: int) -> int:
     return rows
 
 
-def names(dtype: str, D: int, M: int, feature: int, normalised: bool) -> dict[str, str]:
-    """The instances that one call of forward and backward needs: kernel → name expression."""
+def names(dtype: str, D: int, M: int, feature: int, normalised: bool, tensor: bool = False) -> dict[str, str]:
+    """The instances that one call of forward and backward needs: kernel → name expression. `tensor`: of a forward on tensor cores."""
     T, size = C_TYPES[dtype], 8 if dtype == "float64" else 4
     flags = f"{feature}, {str(normalised).lower()}"
     over_d, over_m = (f"{T}, {D}, {M}, {t.C}, {t.columns}, {flags}" for t in (tile(D, M, size), tile(M, D, size)))
+    if tensor:
+        return {"group_states_tc": f"group_states_tc<{T}, {D}, {M}, {flags}>", "scan_states": "scan_states<float>",
+                "group_outputs_tc": f"group_outputs_tc<{T}, {D}, {M}, {flags}>"}
     return {
         "group_states": f"group_states<{over_d}, false>", "group_costates": f"group_states<{over_d}, true>",
         "scan_states": f"scan_states<{'double' if size == 8 else 'float'}>", "group_outputs": f"group_outputs<{over_d}>",
@@ -148,8 +164,9 @@ def names(dtype: str, D: int, M: int, feature: int, normalised: bool) -> dict[st
 
 def causal_forward(xp: Any, q: Array, k: Array, v: Array, S: Array | None = None, z: Array | None = None, *, feature: int = 0,
                    normalised: bool = False, scale: float = 1.0, eps: float = 0.0, query_lengths: Array | None = None,
-                   key_lengths: Array | None = None) -> tuple[Array, Array, Array, Residuals]:
+                   key_lengths: Array | None = None, tensor: bool = False) -> tuple[Array, Array, Array, Residuals]:
     """out, S_N, z_N and what the backward needs. `feature`: 0 identity, 1 elu + 1, applied to q and k while they are read.
+    `tensor`: on tensor cores where `tensor_fits` and the arrays start at multiples of 8 bytes; φ(q) and φ(k) are then rounded to the arrays' dtype, see `tensor.cu`.
 
     Lengths are int32, one for each head. O(N·D·M) flops; extra memory N / 512 (or 256) states.
     """
@@ -160,7 +177,10 @@ def causal_forward(xp: Any, q: Array, k: Array, v: Array, S: Array | None = None
         end_S, end_z = xp.zeros((*k.shape[:-2], D, M), dtype=acc), xp.zeros((*k.shape[:-2], D), dtype=acc)
         if S is not None:
             end_S, end_z = xp.ascontiguousarray(S), end_z if z is None else xp.ascontiguousarray(z)
-        kernels = _kernels(xp, _device_id(xp), dtype_name(v), D, M, feature, normalised)
+        # A view may start anywhere, and the tensor kernels read 8 bytes at a time
+        tensor = (tensor and tensor_fits(int(xp.cuda.Device(_device_id(xp)).compute_capability), dtype_name(v), D, M)
+                  and all(x.data.ptr % 8 == 0 for x in (q, k, v)))
+        kernels = _kernels(xp, _device_id(xp), dtype_name(v), D, M, feature, normalised, tensor)
         rows = group_rows(heads, N)
         groups = -(-N // rows)
         states = xp.empty((heads // max(shared, 1), groups, _up(D * M + D, 4)), dtype=acc)
@@ -172,13 +192,19 @@ def causal_forward(xp: Any, q: Array, k: Array, v: Array, S: Array | None = None
         size, wide = states.dtype.itemsize, tile(D, M, states.dtype.itemsize)
         number, i4 = states.dtype.type, np.int32
         kv = heads // shared
-        kernels.launch("group_states", (kv * groups, -(-M // wide.columns)), shared_bytes("group_states", D, M, size),
-                       k, v, NULL, NULL, states, _or_null(key_lengths), i4(N), i4(groups), i4(rows), number(1))
+        columns, suffix = (min(_up(M, 16), TENSOR_COLUMNS), "_tc") if tensor else (wide.columns, "")
+        bytes_a, bytes_c = (shared_bytes(name + suffix, D, M, size) for name in ("group_states", "group_outputs"))
+        shape = i4(N), i4(groups), i4(rows)
+        if tensor:
+            kernels.launch("group_states_tc", (kv * groups,), bytes_a, k, v, states, _or_null(key_lengths), *shape)
+        else:
+            kernels.launch("group_states", (kv * groups, -(-M // columns)), bytes_a,
+                           k, v, NULL, NULL, states, _or_null(key_lengths), *shape, number(1))
         kernels.launch("scan_states", (kv, -(-(D * M + D) // THREADS)), 0,
                        states, start_S, start_z, end_S, end_z, i4(groups), i4(1), i4(D * M), i4(D), i4(0))
-        kernels.launch("group_outputs", (heads * groups, -(-M // wide.columns)), shared_bytes("group_outputs", D, M, size),
+        kernels.launch(f"group_outputs{suffix}", (heads * groups, -(-M // columns)), bytes_c,
                        q, k, v, states, out, inv if normalised else NULL, _or_null(query_lengths), _or_null(key_lengths),
-                       i4(N), i4(groups), i4(rows), i4(shared), number(scale), number(eps))
+                       *shape, i4(shared), number(scale), number(eps))
         return out, end_S, end_z, residuals
 
 
@@ -245,10 +271,10 @@ class Kernels(NamedTuple):
 
 
 @cache
-def _kernels(xp: Any, device: int, dtype: str, D: int, M: int, feature: int, normalised: bool) -> Kernels:
+def _kernels(xp: Any, device: int, dtype: str, D: int, M: int, feature: int, normalised: bool, tensor: bool = False) -> Kernels:
     """The compiled instances, once for each device; CuPy keeps what NVRTC made on disk."""
-    expressions = names(dtype, D, M, feature, normalised)
-    module = xp.RawModule(code=source(), options=("-std=c++17",), name_expressions=tuple(expressions.values()))
+    expressions = names(dtype, D, M, feature, normalised, tensor)
+    module = xp.RawModule(code=source(tensor) if tensor else source(), options=("-std=c++17",), name_expressions=tuple(expressions.values()))
     functions = {name: module.get_function(expression) for name, expression in expressions.items()}
     for name, function in functions.items():
         needed = shared_bytes(name, D, M, 8 if dtype == "float64" else 4)

@@ -91,7 +91,7 @@ __device__ __forceinline__ void give(float* stage, Tile& tile, const float (&x)[
 template <int ROWS, int DT, int MT, int LDY, int LDZ, typename T, int EACH>
 __device__ __forceinline__ void add_outer(const T* Y, const T* Z, Tile (&S)[EACH]) {
   const int warp = threadIdx.x / 32;
-#pragma unroll
+#pragma unroll 1
   for (int j = 0; j < ROWS; j += 16) {
     RowsTurned<T> y;
     Columns<T> z;
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(THREADS, 2) group_outputs_tc(const T* __restri
       const int r = (warp + 1) / 2 * 16, c = warp / 2 * 16;
       Tile tile;
       wmma::fill_fragment(tile, 0.f);
-#pragma unroll
+#pragma unroll 2
       for (int d = 0; d < DP; d += 16) {
         Rows<T> x;
         ColumnsTurned<T> y;
@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(THREADS, 2) group_outputs_tc(const T* __restri
         wmma::load_matrix_sync(x, w_hi + r * LDW + j, LDW);
         wmma::mma_sync(near, x, y, near);
       }
-#pragma unroll
+#pragma unroll 2
       for (int d = 0; d < DP; d += 16) {
         wmma::load_matrix_sync(x, qs + r * LD + d, LD);
         wmma::load_matrix_sync(y, s_lo + d * LDV + c, LDV);
