@@ -166,7 +166,8 @@ def causal_forward(xp: Any, q: Array, k: Array, v: Array, S: Array | None = None
                    normalised: bool = False, scale: float = 1.0, eps: float = 0.0, query_lengths: Array | None = None,
                    key_lengths: Array | None = None, tensor: bool = False) -> tuple[Array, Array, Array, Residuals]:
     """out, S_N, z_N and what the backward needs. `feature`: 0 identity, 1 elu + 1, applied to q and k while they are read.
-    `tensor`: on tensor cores where `tensor_fits` and the arrays start at multiples of 8 bytes; φ(q) and φ(k) are then rounded to the arrays' dtype, see `tensor.cu`.
+    `tensor`: on tensor cores where `tensor_fits` and the arrays start at multiples of 8 bytes. φ(q) and φ(k), and with them the float32 state,
+    then have the precision of the arrays' dtype: see `tensor.cu`.
 
     Lengths are int32, one for each head. O(N·D·M) flops; extra memory N / 512 (or 256) states.
     """

@@ -1,0 +1,382 @@
+"""The forward on tensor cores obeys the laws of the NumPy forms, within the bounds that `tensor.cu` states; run on the CPU by `refattn.simt`."""
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refattn import State, causal_linear_attention, oracle, vjp
+from refattn.causal import causal_masked_forward
+from refattn.cuda import launch
+from refattn.simt import cupy as stand_in
+from refattn.testing import budgets, laws, nvrtc
+
+KINDS = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+PARTS = {"float16": (2.0**-22, 2.0**-39), "bfloat16": (2.0**-16, 0.0)}          # what two parts leave, of the number and of the largest
+# A tile that is mostly padding; odd sizes; some tiles; two blocks of columns; the most features
+SIZES = [(8, 4), (37, 21), (64, 64), (24, 100), (128, 40)]
+few = settings(max_examples=max(settings().max_examples // 4, 5))
+
+
+@pytest.fixture(scope="module")
+def simt():
+    if shutil.which("g++") is None:
+        pytest.skip("the kernels are compiled for the CPU by g++, which is not here")
+    return stand_in
+
+
+@pytest.fixture(scope="module", params=["simt", pytest.param("cupy", marks=pytest.mark.gpu)])
+def cp(request):
+    """The emulator, and with `-m gpu` the device."""
+    if request.param == "simt":
+        return request.getfixturevalue("simt")
+    cupy = pytest.importorskip("cupy")
+    try:
+        capability = int(cupy.cuda.Device().compute_capability)
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        pytest.skip(f"no CUDA device: {error}")
+    if capability < 80:
+        pytest.skip(f"sm_{capability} has no tensor cores for bfloat16")
+    return cupy
+
+
+def forward(cp, q, k, v, S=None, z=None, **options):
+    """out, S_N, z_N on the host; an error where the tensor kernels were not chosen, for then nothing is tested."""
+    chosen, launched = [], launch.Kernels.launch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch.Kernels, "launch", lambda self, name, *rest: (chosen.append(name), launched(self, name, *rest))[1])
+        arrays = [None if x is None else cp.asarray(x) for x in (q, k, v, S, z)]
+        for name in ("query_lengths", "key_lengths"):
+            if name in options:
+                options[name] = cp.asarray(options[name].astype(np.int32))
+        out, S, z, _ = launch.causal_forward(cp, *arrays, tensor=True, **options)
+    assert chosen == ["group_states_tc", "scan_states", "group_outputs_tc"] or not q.size
+    return out.get(), S.get(), z.get()
+
+
+def problem(rng, kind, D, M, N, lead=(2,), H=2, G=1, exact=False):
+    """q, k, v, S, z: whole numbers from -1 to 1, or normal ones and a positive z."""
+    def array(*shape, of=kind):
+        return (rng.integers(-1, 2, shape) if exact else rng.standard_normal(shape)).astype(of)
+    S, z = array(*lead, H, D, M, of=np.float32), array(*lead, H, D, of=np.float32)
+    return array(*lead, H * G, N, D), array(*lead, H, N, D), array(*lead, H, N, M), S, z if exact else np.abs(z)
+
+
+def tensor_budget(q, k, v, S, z, *, feature=0, normalised=False, scale=1.0, eps=0.0, query_lengths=None, key_lengths=None):
+    """[(exact, bound)] of out, S_N and z_N in float64, term by term as `tensor.cu` lists them."""
+    kind, phi = q.dtype.name, oracle.eq7 if feature else np.array
+    square, floor = PARTS[kind]
+    groups, N, D = q.shape[-3] // k.shape[-3], q.shape[-2], q.shape[-1]
+    real_q, real_k = budgets._real(query_lengths, q), budgets._real(key_lengths, k)
+    Q, K, V = (np.where(real[..., :1], f(x.astype(float)), 0) for real, f, x in ((real_q, phi, q), (real_k, phi, k), (real_k, np.array, v)))
+    S, z, ones, mask = S.astype(float), z.astype(float), 1.0 * real_k[..., :1], np.tril(np.ones((N, N)))
+
+    def sums(Q, K, V, S, z):
+        """The weights, num, den, S_N and z_N."""
+        K_, V_, S_, z_, ones_ = (np.repeat(x, groups, -3) for x in (K, V, S, z[..., None], ones))
+        A = mask * (Q @ K_.mT)
+        return A, scale * (A @ V_ + Q @ S_), scale * (A @ ones_ + Q @ z_) + eps, S + K.mT @ V, z + (K * ones).sum(-2)
+
+    _, num, den, end_S, end_z = sums(Q, K, V, S, z)
+    # Absolute values from here on, without and with the rounding of φ. The longest path of a number: N positions, D features in a score,
+    # twice D and a chunk in a product of parts, φ and a dozen single steps; each may be a sum of the tensor cores, three roundings for one.
+    g = budgets.gamma(3 * (N + 3 * D + 64 + 2 * budgets.PHI_ROUNDINGS + 12), np.float32)
+    Q, K, V, S, z = map(np.abs, (Q, K, V, S, z))
+    usual = sums(Q, K, V, S, z)
+    if feature:
+        Q, K = Q + real_q * budgets.rounding(Q, kind), K + real_k * budgets.rounding(K, kind)
+    more = A, _, _, S_N, _ = sums(Q, K, V, S, z)
+    *_, num_off, den_off, S_off, z_off = (b - a + (square + g + square * g) * b for a, b in zip(usual, more))
+    largest, top = A.max(-1, keepdims=True, initial=0), np.repeat(S_N, groups, -3).max((-1, -2), keepdims=True, initial=0)
+    num_off = num_off + 2 * floor * scale * (largest * (mask @ np.repeat(V, groups, -3)) + Q.sum(-1, keepdims=True) * top)
+    den_off = den_off + 2 * floor * scale * largest * (mask @ np.repeat(ones, groups, -3))
+    out, bound = num, num_off
+    if normalised:
+        some = den != 0
+        assert (den > den_off)[some].all(), "the bound holds only where den is larger than its error"
+        out = np.divide(num, den, out=np.zeros_like(num), where=np.broadcast_to(some, num.shape))
+        bound = np.divide(num_off + np.abs(out) * den_off, den - den_off, out=np.zeros_like(num), where=np.broadcast_to(some, num.shape))
+    return [(out, bound + budgets.rounding(np.abs(out) + bound, kind)), (end_S, S_off), (end_z, z_off)]
+
+
+def assert_right(got, *arrays, **options):
+    for name, x, (right, bound) in zip(("out", "S", "z"), got, tensor_budget(*arrays, **options), strict=True):
+        if name != "z" or options.get("normalised"):
+            budgets.assert_within(x, right, bound, name)
+
+
+# --- exact laws ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", KINDS)
+@few
+@given(st.data())
+def test_on_integers_the_tensor_kernels_give_the_bits_of_the_masked_form(cp, dtype, size, data):
+    lead, H, G = data.draw(st.sampled_from([((2,), 2, 1), ((), 3, 2), ((), 1, 1)]))
+    N = data.draw(st.sampled_from([0, 1, 15, 16, 17, 31, 32, 33, 64, 65, 100, 256, 257]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    q, k, v, S, z = problem(rng, KINDS[dtype], *size, N, lead, H, G, exact=True)
+    out, end, _ = causal_masked_forward(q, k, v, S)
+    laws.law_equal_bits({"masked": [out, end], "tensor": list(forward(cp, q, k, v, S, z)[:2])})
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("order", ["reverse", "shuffled"])
+def test_no_order_of_threads_changes_a_bit(simt, order, dtype, rng):
+    arrays = problem(rng, KINDS[dtype], 24, 100, 70, G=2)
+    first = forward(simt, *arrays, feature=1, normalised=True, eps=1e-6)
+    with simt.threads(order, seed=3):
+        laws.law_equal_bits({"forward": list(first), order: list(forward(simt, *arrays, feature=1, normalised=True, eps=1e-6))})
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_garbage_behind_lengths_reaches_nothing(cp, dtype, rng):
+    q, k, v, S, z = problem(rng, KINDS[dtype], 24, 20, 70, G=2)
+    options = {"query_lengths": rng.integers(0, 71, q.shape[:-2]), "key_lengths": rng.integers(0, 71, k.shape[:-2]), "feature": 1, "normalised": True}
+
+    def run(by):
+        spoiled = [x.copy() for x in (q, k, v)]
+        for x, lengths in zip(spoiled, (options["query_lengths"], *[options["key_lengths"]] * 2)):
+            for at in np.ndindex(x.shape[:-2]):
+                x[at][lengths[at]:] = by
+        return forward(cp, *spoiled, S, z, **options)
+
+    zeros, garbage = run(0), run(np.nan)
+    laws.law_equal_bits({"zeros": list(zeros), "NaN": list(garbage)})
+    behind = ~np.broadcast_to(budgets._real(options["query_lengths"], q)[..., :1], garbage[0].shape)
+    assert behind.any() and (garbage[0].astype(float)[behind] == 0).all()
+    assert_right(garbage, q, k, v, S, z, **options)
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_the_state_is_not_rounded_to_the_dtype(cp, dtype):
+    """S is 2ⁿ + 1 and 2ⁿ, both the same in T; their difference must come out. S may also be far beyond the largest half."""
+    big = 2.0 ** (13 if dtype == "bfloat16" else 19)
+    q, zero = np.zeros((1, 1, 8), KINDS[dtype]), np.zeros((1, 1, 8), KINDS[dtype])
+    q[..., :2] = 1, -1
+    S = np.zeros((1, 8, 8), np.float32)
+    S[0, 0], S[0, 1] = big + 1, big
+    assert budgets.unit_roundoff(dtype) * big > 1
+    out, end, _ = forward(cp, q, zero, zero, S, np.zeros((1, 8), np.float32))
+    assert (out == 1).all() and (end == S).all()
+
+
+@pytest.mark.parametrize("n", [-11, 7])
+def test_powers_of_two_in_q_and_k_change_nothing_but_the_exponent(cp, n, rng):
+    """Scores of half from 2⁻²² up to 2¹⁸, from below its normal numbers to beyond its largest, where the product of weights is a float."""
+    q, k, v, S, z = problem(rng, KINDS["float16"], 24, 20, 70)
+    q, k = ((1 + np.abs(x.astype(float)) % 0.5).astype(np.float16) for x in (q, k))
+    ratio = np.float16(2.0**n)
+    usual = forward(cp, q, k, v, S, z, normalised=True)
+    other = forward(cp, q * ratio, k * ratio, v, S * np.float32(ratio), z * np.float32(ratio), normalised=True)
+    laws.law_equal_bits({"usual": [usual[0]], "other": [other[0]]})
+
+
+# --- laws with derived bounds -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", KINDS)
+@few
+@given(st.data())
+def test_outputs_and_states_stay_within_the_budget(cp, dtype, size, data):
+    lead, H, G = data.draw(st.sampled_from([((2,), 2, 1), ((), 2, 2), ((), 1, 3)]))
+    N = data.draw(st.sampled_from([1, 16, 31, 33, 70, 257]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    arrays = problem(rng, KINDS[dtype], *size, N, lead, H, G)
+    for options in ({"feature": 1, "normalised": True, "eps": data.draw(st.sampled_from([0.0, 1e-6, 0.5]))},
+                    {"feature": 0, "normalised": False, "scale": 0.3}):
+        assert_right(forward(cp, *arrays, **options), *arrays, **options)
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("size, of", [("small", 2.0**-12), ("large", 2.0**9)])
+def test_rows_of_very_small_and_very_large_scores_are_right(cp, dtype, size, of, rng):
+    """Half alone would lose most bits of scores of 2⁻²⁴, and has no number for one of 2¹⁸."""
+    q, k, v, S, z = problem(rng, KINDS[dtype], 24, 20, 70)
+    q[..., ::2, :] *= KINDS[dtype].type(of)
+    k *= KINDS[dtype].type(of)
+    S, v = S * np.float32(of), (v / 64).astype(v.dtype)
+    got = forward(cp, q, k, v, S, z, scale=float(of) ** -2)
+    (out, bound), *_ = tensor_budget(q, k, v, S, z, scale=float(of) ** -2)
+    fits = np.abs(out) + bound < float(ml_dtypes.finfo(KINDS[dtype]).max)
+    assert fits.mean() > 0.9
+    budgets.assert_within(np.where(fits, got[0].astype(float), 0), np.where(fits, out, 0), bound)
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_gradients_from_this_forward_stay_within_its_budget(cp, dtype, rng):
+    """The backward reads the states (u off), 1 / den (2u) and out (4u). A gradient's terms have one state, and at most den twice or once with
+    out: 7u of each, 8u with what is of second order. The usual bound has u of each already, for rounding the gradient: 9 times it is enough."""
+    q, k, v, S, z = problem(rng, KINDS[dtype], 24, 20, 70, G=2)
+    dout, dS, dz = rng.standard_normal((*q.shape[:-1], 20)).astype(q.dtype), *(rng.standard_normal(x.shape).astype(np.float32) for x in (S, z))
+    *_, residuals = launch.causal_forward(cp, *map(cp.asarray, (q, k, v, S, z)), feature=1, normalised=True, eps=1e-6, tensor=True)
+    got = launch.causal_backward(cp, *map(cp.asarray, (dout, dS, dz)), residuals)
+    wide = [x.astype(float) for x in (q, k, v, S, z, dout, dS, dz)]
+    b = budgets.attention_budget(q, k, v, S, z, dout, dS, dz, phi=oracle.eq7, dphi=lambda x: np.where(x > 0, 1.0, np.exp(np.minimum(x, 0))))
+    right = vjp(causal_linear_attention, *wide[:3], State(*wide[3:5]))[1](wide[5], State(*wide[6:]))
+    for name, x, y, bound in zip(("dq", "dk", "dv"), got, right, (b.dq, b.dk, b.dv)):
+        budgets.assert_within(x.get(), y, 9 * bound, name)
+
+
+# --- audits, shared memory, choice ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("D, M, N, G", [(64, 64, 96, 2), (37, 21, 70, 1), (24, 100, 33, 1)])
+def test_audits_find_nothing(simt, dtype, D, M, N, G, rng):
+    q, k, v, S, z = problem(rng, KINDS[dtype], D, M, N, G=G)
+    with simt.audit() as traffic, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "group_rows", lambda heads, N: 32)
+        forward(simt, q, k, v, S, z, feature=1, normalised=True)
+        forward(simt, q, k, v, S, z, query_lengths=rng.integers(0, N + 1, q.shape[:-2]), key_lengths=rng.integers(0, N + 1, k.shape[:-2]))
+    assert traffic
+    if D == M == 64:
+        text = Path(launch.__file__).with_name("tensor.cu").read_text(encoding="utf-8").splitlines()
+        of_tiles = {f"tensor.cu:{n}" for n, line in enumerate(text, 1) if "_matrix_sync(" in line}               # whose lanes are not specified
+        for where, counts in traffic.items():
+            if where[1] == "global":
+                assert counts.sectors <= 1.01 * counts.ideal_sectors, where
+            elif where[0] not in of_tiles:
+                assert counts.passes == counts.ideal_passes, where
+
+
+@pytest.mark.parametrize("width", range(16, 144, 16))
+def test_rows_of_tiles_lie_in_different_banks(width):
+    """The machine code reads tiles of half by LDSM, 16 bytes of 8 rows at once; those of bfloat16 by 4 bytes a lane, at row l / 4; and writes
+    tiles of floats by STS.64, half of a warp at once: row l / 4, pair l % 4."""
+    text = Path(launch.__file__).with_name("tensor.cu").read_text(encoding="utf-8")
+    more, stage, score = (int(re.search(rf"{name} (\d+)[,;]", text)[1]) for name in (r"ROW = up\(W, 16\) \+", "STAGE_ROW =", r"SCORE_ROW = CHUNK \+"))
+    row = 2 * (width + more)
+    assert row % 16 == 0 and len({(r * row + b) // 4 % 32 for r in range(8) for b in range(0, 16, 4)}) == 32
+    for pitch in (4 * stage, 4 * (32 + score)):
+        assert pitch % 16 == 0 and len({(r * pitch + b) // 4 % 32 for r in range(4) for b in range(0, 32, 4)}) == 32
+
+
+@pytest.mark.parametrize("D, M", [(64, 64), (8, 4), (128, 40)])
+def test_shared_memory_is_no_more_than_the_kernels_use(simt, D, M, rng):
+    """18 bytes less, one number beyond the padding of a row, and the audit reports the kernel that reaches beyond."""
+    arrays = problem(rng, KINDS["float16"], D, M, 40)
+    right = launch.tensor_bytes
+    for kernel in ("group_states_tc", "group_outputs_tc"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch, "tensor_bytes", lambda name, *size, kernel=kernel: right(name, *size) - 18 * (name == kernel))
+            if kernel == "group_states_tc" and right(kernel, D, M) == 12032:       # a tile for each warp, of which so small a state needs one
+                continue
+            with simt.audit(), pytest.raises(RuntimeError, match=f"{kernel}.*out of bounds"):
+                forward(simt, *arrays)
+
+
+@pytest.mark.parametrize("capability, dtype, D, M, chosen", [
+    (75, "float16", 64, 64, True), (75, "float16", 128, 128, False), (75, "bfloat16", 64, 64, False), (80, "bfloat16", 128, 128, True),
+    (120, "float16", 128, 128, True), (90, "float16", 129, 64, False), (90, "float16", 64, 129, False), (90, "float32", 64, 64, False)])
+def test_tensor_cores_are_chosen_where_they_can(capability, dtype, D, M, chosen):
+    assert launch.tensor_fits(capability, dtype, D, M) is chosen
+
+
+@pytest.mark.parametrize("why", ["capability", "address", "dtype", "not asked"])
+def test_what_does_not_fit_takes_the_scalar_kernels(simt, why, rng, monkeypatch):
+    kind = np.float32 if why == "dtype" else KINDS["bfloat16"]
+    q, k, v, *_ = (simt.asarray(x) for x in problem(rng, kind, 8, 4, 40))
+    if why == "address":
+        q = simt.asarray(np.append(q.get(), q.get()[0, 0, 0, 0]))[1:].reshape(*q.shape)
+    called = []
+    monkeypatch.setattr(launch.Kernels, "launch", lambda self, name, *rest: called.append(name))
+    with simt.capability(75 if why == "capability" else 80):
+        launch.causal_forward(simt, q, k, v, **({} if why == "not asked" else {"tensor": True}))
+    assert called == ["group_states", "scan_states", "group_outputs"]
+
+
+# --- planted bugs ---------------------------------------------------------------------------------------------------------------------------
+
+SYNC = "    __syncthreads();\n"
+PLANTED = {
+    "no barrier between loading and products": ("column, [](float x) { return x; });\n" + SYNC, "column, [](float x) { return x; });\n", "race"),
+    "no barrier between scores and weights": ("    leave_top();\n" + SYNC, "    leave_top();\n", "race"),
+    "no barrier between weights and products": (SYNC + "    const int r = warp / MT", "    const int r = warp / MT", "race"),
+    "no barrier before the parts change": (SYNC + "    if (r < C) {\n      float x", "    if (r < C) {\n      float x", "race"),
+    "no barrier before the tiles lie over k and v": (
+        "sum += widen(ks[j * ROW<D> + t]);\n" + SYNC, "sum += widen(ks[j * ROW<D> + t]);\n", "race"),
+    "no __syncwarp before the next tile": ("x[1]);\n  __syncwarp();\n}\n__device__", "x[1]);\n}\n__device__", "race"),
+    "the fourth tile of scores is read": ("lane <= i ? scores", "true ? scores", "uninitialised"),
+    "a tile that starts at an odd column": ("wmma::load_matrix_sync(x, qs + r * LD + d, LD);\n        wmma::load_matrix_sync(y, ks",
+                                            "wmma::load_matrix_sync(x, qs + r * LD + d + 1, LD);\n        wmma::load_matrix_sync(y, ks", "32 bytes"),
+    "the mask hides the diagonal": ("lane <= i ? scores", "lane < i ? scores", "wrong"),
+    "K is not turned": ("        ColumnsTurned<T> y;", "        Columns<T> y;", "wrong"),
+    "both parts of the state are the high one": ("put4<LDV>(s_lo + at, 0, rest);", "put4<LDV>(s_lo + at, 0, x[u]);", "wrong"),
+    "the parts change before they are read": ("    leave_top();\n" + SYNC, "    leave_top();\n    split_state();\n" + SYNC, "race"),
+    "padding is mapped": ("column + c + b < W ? map(x[b]) : 0.f", "map(x[b])", "wrong"),
+    "the power of two is forgotten": ("x[u][b] * lowered[i]", "x[u][b]", "wrong"),
+    "keys behind their length": ("ks, k + kv * N * D, start, real_k", "ks, k + kv * N * D, start, N", "wrong"),
+    "scale outside of the normaliser": ("inverse(scale * den[i] + eps)", "inverse(den[i] + eps)", "wrong"),
+    "the key sum stands still": ("      z[t] = more;\n", "      z[t] = more - more;\n", "wrong"),
+}
+
+
+def judged(cp, rng):
+    """Runs some groups of a size that fills no tile, with lengths, state, φ, scale and normaliser."""
+    q, k, v, S, z = problem(rng, KINDS["float16"], 20, 36, 90, (), 2, 2)
+    options = {"feature": 1, "normalised": True, "scale": 0.25, "eps": 0.5, "query_lengths": np.array([90, 50, 90, 3]),
+               "key_lengths": np.array([90, 60])}
+    got = forward(cp, q, k, v, S, z, **options)
+    try:
+        assert_right(got, q, k, v, S, z, **options)
+    except AssertionError:
+        return "wrong"
+    return "right"
+
+
+@pytest.fixture
+def small_groups(monkeypatch):
+    monkeypatch.setattr(launch, "group_rows", lambda heads, N: 64)
+    monkeypatch.setattr(launch, "_kernels", launch._kernels.__wrapped__)           # what is compiled here is not to be kept
+
+
+def test_the_kernels_themselves_pass(simt, small_groups, rng):
+    with simt.audit():
+        assert judged(simt, rng) == "right"
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_each_planted_bug_is_caught(simt, bug, small_groups, monkeypatch, rng):
+    right, wrong, shows = PLANTED[bug]
+    source = launch.source(True)
+    assert source.count(right) == 1, "the place where the bug is planted has changed"
+    monkeypatch.setattr(launch, "source", lambda tensor: source.replace(right, wrong))
+    if shows == "wrong":
+        assert judged(simt, rng) == "wrong"
+    else:
+        with simt.audit(), pytest.raises(RuntimeError, match=shows):
+            judged(simt, rng)
+
+
+# --- what the compiler says -----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arch", nvrtc.ARCHS)
+@pytest.mark.parametrize("dtype", KINDS)
+def test_every_instance_compiles_spills_nothing_and_uses_tensor_cores(dtype, arch):
+    try:
+        nvrtc._nvrtc()
+    except ImportError as error:
+        pytest.skip(str(error))
+    sizes = [(*size, feature) for size in ((64, 64), (128, 128), (96, 128), (37, 50), (8, 4)) for feature in (0, 1)
+             if launch.tensor_fits(int(arch[3:]), dtype, *size)]
+    if not sizes:
+        assert (dtype, arch) == ("bfloat16", "sm_75")
+        return
+    instances = [(name, launch.THREADS, launch.shared_bytes(kernel, D, M, 4)) for D, M, feature in sizes
+                 for kernel, name in launch.names(dtype, D, M, feature, bool(feature), True).items()]
+    instances = list(dict.fromkeys(instances))
+    for row in nvrtc.cuda_static_table(launch.source(True), instances, [arch]):                          # a warning is a RuntimeError
+        assert row["spill_stores"] == row["spill_loads"] == row["stack"] == 0, row
+        assert row["blocks"] >= (2 if ", 64, 64," in row["kernel"] and arch != "sm_75" else 1), row
+    compiled = nvrtc.nvrtc_compile(launch.source(True), [name for name, *_ in instances], arch, ("-std=c++17", *nvrtc.cupy_options()))
+    code = nvrtc.sass(compiled.cubin)
+    for name, *_ in instances:
+        found = [x for x in code[compiled.lowered[name]] if re.search(r"\bHMMA\.\w+\.F32", x)]
+        assert bool(found) == ("_tc" in name), name
+        assert not [x for x in code[compiled.lowered[name]] if re.search(r"\b(ATOM|ATOMG|RED|ATOMS|LDL|STL)\b", x)], name
