@@ -21,7 +21,8 @@
 //
 // In first order, a_ij = φ(q_i)·φ(k_j) being off by δa from 1 and 2, and the sum S of the past by δS,
 //     δnum_i = Σ_{j≤i} δa_ij |v_j| + δφ(q_i)·|S| + φ(q_i)·δS,    δden_i likewise with v = 1,    δout = (δnum + |out| δden) / den.
-// For φ > 0 that is at most 4u of the same sum of |v|, for φ = 1 at most 3u². A score or a state that is infinite becomes NaN.
+// With elu + 1 that is at most 4u times the same sum of |v|; with the identity, where only 2 is left, at most u² before the division, 2u²
+// after it. A score or a state that is infinite becomes NaN.
 #include "linear.cu"
 #include <mma.h>
 
