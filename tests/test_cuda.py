@@ -302,3 +302,14 @@ def test_softmax_decodes_with_a_cache_on_the_device(cp, rng):
         outs.append(out.get())
     budget = softmax_forward_budget(q, k, v, causal=True)
     budgets.assert_within(np.stack(outs, -2), whole, 2 * budget)
+
+
+def test_a_view_that_starts_between_alignments_is_read_right(cp, rng):
+    """Contiguous, and yet no place for reads of 16 bytes."""
+    x = rng.standard_normal((4, 2, 20, 8)).astype(np.float32)
+    off = [cp.asarray(np.concatenate([[0], a.ravel()]).astype(np.float32))[1:].reshape(a.shape) for a in x]
+    results = []
+    for q, k, v, dout in (to_device(cp, *x), off):
+        out, pullback = vjp(linear_attention, q, k, v, causal=True)
+        results.append(to_host(out, *pullback(dout)))
+    laws.law_equal_bits({"aligned": results[0], "between": results[1]})

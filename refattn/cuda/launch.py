@@ -173,11 +173,11 @@ def causal_forward(xp: Any, q: Array, k: Array, v: Array, S: Array | None = None
     """
     heads, shared, N, D, M, acc = _sizes(q, k, v)
     with _device(xp, q):
-        q, k, v = (xp.ascontiguousarray(x) for x in (q, k, v))
+        q, k, v = (_ready(xp, x) for x in (q, k, v))
         out = xp.empty((*q.shape[:-1], M), dtype=v.dtype)
         end_S, end_z = xp.zeros((*k.shape[:-2], D, M), dtype=acc), xp.zeros((*k.shape[:-2], D), dtype=acc)
         if S is not None:
-            end_S, end_z = xp.ascontiguousarray(S), end_z if z is None else xp.ascontiguousarray(z)
+            end_S, end_z = _ready(xp, S), end_z if z is None else _ready(xp, z)
         # A view may start anywhere, and the tensor kernels read 8 bytes at a time
         tensor = (tensor and tensor_fits(int(xp.cuda.Device(_device_id(xp)).compute_capability), dtype_name(v), D, M)
                   and all(x.data.ptr % 8 == 0 for x in (q, k, v)))
@@ -215,10 +215,10 @@ def causal_backward(xp: Any, dout: Array, dS: Array | None, dz: Array | None,
     q, k, v, out, inv, states, query_lengths, key_lengths, rows, feature, normalised, scale = residuals
     heads, shared, N, D, M, acc = _sizes(q, k, v)
     with _device(xp, q):
-        dout = xp.ascontiguousarray(dout)
+        dout = _ready(xp, dout)
         dq, dk, dv = xp.empty_like(q), xp.empty_like(k), xp.empty_like(v)
-        end_S = xp.zeros((*k.shape[:-2], D, M), dtype=acc) if dS is None else xp.ascontiguousarray(dS)
-        end_z = xp.zeros((*k.shape[:-2], D), dtype=acc) if dz is None else xp.ascontiguousarray(dz)
+        end_S = xp.zeros((*k.shape[:-2], D, M), dtype=acc) if dS is None else _ready(xp, dS)
+        end_z = xp.zeros((*k.shape[:-2], D), dtype=acc) if dz is None else _ready(xp, dz)
         if not heads * N:
             return dq, dk, dv, end_S, end_z
         kernels = _kernels(xp, _device_id(xp), dtype_name(v), D, M, feature, normalised)
@@ -252,7 +252,7 @@ def causal_step(xp: Any, q_t: Array, k_t: Array, v_t: Array, S: Array, z: Array,
     """One position: out_t, the new S and z. Each state is read once and written once."""
     heads, shared, _, D, M, _ = _sizes(q_t[..., None, :], k_t[..., None, :], v_t[..., None, :])
     with _device(xp, q_t):
-        q_t, k_t, v_t, S, z = (xp.ascontiguousarray(x) for x in (q_t, k_t, v_t, S, z))
+        q_t, k_t, v_t, S, z = (_ready(xp, x) for x in (q_t, k_t, v_t, S, z))
         out, S_new, z_new = xp.empty((*q_t.shape[:-1], M), dtype=v_t.dtype), xp.empty_like(S), xp.empty_like(z)
         if heads:
             kernels, number = _kernels(xp, _device_id(xp), dtype_name(v_t), D, M, feature, normalised), S.dtype.type
@@ -305,3 +305,9 @@ def _or_null(x: Array | None) -> Any:
 
 def _up(x: int, multiple: int) -> int:
     return -(-x // multiple) * multiple
+
+
+def _ready(xp: Any, x: Array) -> Array:
+    """x as the kernels read it: contiguous, and from an address that 16 divides; a copy where it is not so."""
+    x = xp.ascontiguousarray(x)
+    return x.copy() if x.size and x.data.ptr % 16 else x
