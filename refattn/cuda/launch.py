@@ -178,9 +178,7 @@ def causal_forward(xp: Any, q: Array, k: Array, v: Array, S: Array | None = None
         end_S, end_z = xp.zeros((*k.shape[:-2], D, M), dtype=acc), xp.zeros((*k.shape[:-2], D), dtype=acc)
         if S is not None:
             end_S, end_z = _ready(xp, S), end_z if z is None else _ready(xp, z)
-        # A view may start anywhere, and the tensor kernels read 8 bytes at a time
-        tensor = (tensor and tensor_fits(int(xp.cuda.Device(_device_id(xp)).compute_capability), dtype_name(v), D, M)
-                  and all(x.data.ptr % 8 == 0 for x in (q, k, v)))
+        tensor = tensor and tensor_fits(int(xp.cuda.Device(_device_id(xp)).compute_capability), dtype_name(v), D, M)
         kernels = _kernels(xp, _device_id(xp), dtype_name(v), D, M, feature, normalised, tensor)
         rows = group_rows(heads, N)
         groups = -(-N // rows)
