@@ -313,10 +313,14 @@ def test_softmax_rows_sum_to_one(problem):
 def test_another_array_library_gives_the_same_bits(problem):
     _, c, x, dy = problem
     strict_x, strict_dy = array_api_strict.asarray(np.array(x)), array_api_strict.asarray(np.array(dy))
-    y, dx = c.fm.forward(strict_x), c.fm.backward(strict_dy, strict_x)
+    # A product of a vector of 5 with a matrix was once seen to raise BLAS's flag "invalid"; what counts here are the values
+    with np.errstate(invalid="ignore"):
+        y, dx = c.fm.forward(strict_x), c.fm.backward(strict_dy, strict_x)
+        same_y, same_dx = c.fm.forward(np.array(x)), c.fm.backward(np.array(dy), np.array(x))
     assert type(y) is type(dx) is type(strict_x)
-    assert np.asarray(y).tobytes() == c.fm.forward(np.array(x)).tobytes()
-    assert np.asarray(dx).tobytes() == c.fm.backward(np.array(dy), np.array(x)).tobytes()
+    assert np.isfinite(same_y).all() and np.isfinite(same_dx).all()
+    assert np.asarray(y).tobytes() == same_y.tobytes()
+    assert np.asarray(dx).tobytes() == same_dx.tobytes()
 
 
 # --- kernels: φ(q)·φ(k) ---------------------------------------------------------------------------------------------------------------
