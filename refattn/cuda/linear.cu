@@ -40,7 +40,36 @@ template <int FEATURE, typename A> __device__ __forceinline__ A phi_slope(A x) {
 // 1 / x, and 0 where x is exactly 0: a row without keys is a row of zeros
 template <typename A> __device__ __forceinline__ A inverse(A x) { return x == 0 ? A(0) : A(1) / x; }
 
+// The positions that a block takes: first ≤ i < last, the nth group of a head
+struct Group {
+  long long head, nth;
+  int first, last;
+  __device__ Group(int groups, int rows, int N)
+      : head(blockIdx.x / groups), nth(blockIdx.x % groups), first((int)(nth * rows)), last(min(first + rows, N)) {}
+};
+
 __device__ __forceinline__ int real_rows(const int* lengths, long long head, int N) { return lengths ? min(lengths[head], N) : N; }
+
+// φ of number c of row i; 0 from row `real` on, and beyond the row's end
+template <int W, int FEATURE = 0, typename T> __device__ __forceinline__ Sum<T> number(const T* rows, int i, int c, int real) {
+  return i < real && c < W ? phi<FEATURE>(Sum<T>(widen(rows[(long long)i * W + c]))) : Sum<T>(0);
+}
+
+// G without its last column: do / (den + ε), with `inv` 1 / (den + ε)
+template <int M, bool NORM, typename T> __device__ __forceinline__ Sum<T> cotangent(const T* dout, const Sum<T>* inv, int i, int c, int real) {
+  const Sum<T> x = number<M>(dout, i, c, real);
+  return NORM && i < real ? x * inv[i] : x;
+}
+
+// Four numbers of dx = by·φ'(x) ⊙ o, zeros in a row that is not real
+template <int D, int FEATURE, typename T, typename A>
+__device__ __forceinline__ void put_slope(T* dx, const T* x, int c, bool real, A by, A (&o)[4]) {
+  A at[4] = {};
+  if (FEATURE && real) get4<D>(x, c, at);
+#pragma unroll
+  for (int b = 0; b < 4; ++b) o[b] = real ? o[b] * by * phi_slope<FEATURE>(at[b]) : A(0);
+  put4<D>(dx, c, o);
+}
 
 // The sum over a warp, the same in every lane and always in the same order
 template <typename A> __device__ __forceinline__ A warp_sum(A x) {
@@ -155,11 +184,21 @@ __global__ void __launch_bounds__(THREADS, 2) causal_step(const T* __restrict__ 
 
 // --- (a) the groups' own states ------------------------------------------------------------------------------------------------------
 
-// states[head][group] = Σ_j y_j z_jᵀ and Σ_j y_j e_j over the group's positions j; row(j, …) come from `load`
-template <typename A, int C, int W, int V, int VT, class LoadY, class LoadZ, class LoadE>
-__device__ __forceinline__ void own_state(A* smem, A* state, int first, int last, int column, LoadY load_y, LoadZ load_z, LoadE load_e) {
-  constexpr int LDY = STRIDE<W>, LDZ = WIDE<VT>, TILES = up(W, 4) / 4 * (VT / 4), EACH = (TILES + THREADS - 1) / THREADS;
-  A *Y = smem, *Z = Y + C * LDY, *e = Z + C * LDZ;
+// states[head][group] = Σ_j y_j z_jᵀ and Σ_j y_j e_j over the group's positions j. TRANSPOSE false: S, of φ(k_j) [v_j | 1]ᵀ for each key head;
+// true: R, of φ(q_j) G_jᵀ for each query head.
+template <typename T, int D, int M, int C, int VT, int FEATURE, bool NORM, bool TRANSPOSE>
+__global__ void __launch_bounds__(THREADS, 2) group_states(const T* __restrict__ y, const T* __restrict__ z, const Sum<T>* __restrict__ inv,
+                                                           const Sum<T>* __restrict__ dden, Sum<T>* __restrict__ states,
+                                                           const int* __restrict__ lengths, int N, int groups, int rows, Sum<T> scale) {
+  typedef Sum<T> A;
+  extern __shared__ __align__(16) unsigned char bytes[];
+  constexpr int LDY = STRIDE<D>, LDZ = WIDE<VT>, TILES = up(D, 4) / 4 * (VT / 4), EACH = (TILES + THREADS - 1) / THREADS;
+  A *ys = reinterpret_cast<A*>(bytes), *zs = ys + C * LDY, *e = zs + C * LDZ;
+  const Group g(groups, rows, N);
+  const int column = blockIdx.y * VT, real = real_rows(lengths, g.head, N), last = min(g.last, real), t = threadIdx.x;
+  const T *yh = y + g.head * N * D, *zh = z + g.head * N * M;
+  const A *inv_h = inv + g.head * N, *dden_h = dden + g.head * N;
+  A* state = states + (g.head * groups + g.nth) * STATE_SIZE<D, M>;
   A s[EACH][4][4], sum = 0;
 #pragma unroll
   for (int n = 0; n < EACH; ++n)
@@ -167,52 +206,32 @@ __device__ __forceinline__ void own_state(A* smem, A* state, int first, int last
     for (int a = 0; a < 4; ++a)
 #pragma unroll
       for (int b = 0; b < 4; ++b) s[n][a][b] = 0;
-  clear_beyond<C, W, LDY>(Y);
-  for (int start = first; start < last; start += C) {
-    fill<C, W, LDY>(Y, [&](int r, int c) { return load_y(start + r, c); });
-    fill<C, VT, LDZ>(Z, [&](int r, int c) { return load_z(start + r, c); });
-    if (threadIdx.x < C) e[threadIdx.x] = load_e(start + threadIdx.x);
+  clear_beyond<C, D, LDY>(ys);
+  for (int start = g.first; start < last; start += C) {
+    fill<C, D, LDY>(ys, [&](int j, int a) { return scale * number<D, FEATURE>(yh, start + j, a, real); });
+    fill<C, VT, LDZ>(zs, [&](int j, int c) { return cotangent<M, NORM && TRANSPOSE>(zh, inv_h, start + j, column + c, real); });
+    if (t < C) e[t] = !NORM || start + t >= real ? A(0) : TRANSPOSE ? dden_h[start + t] : A(1);
     __syncthreads();
 #pragma unroll
     for (int n = 0; n < EACH; ++n) {
-      const int t = threadIdx.x + n * THREADS;
-      if (t < TILES) columns_times<C, LDY, LDZ>(Y, Z, t / (VT / 4) * 4, t % (VT / 4) * 4, s[n]);
+      const int tile = t + n * THREADS;
+      if (tile < TILES) columns_times<C, LDY, LDZ>(ys, zs, tile / (VT / 4) * 4, tile % (VT / 4) * 4, s[n]);
     }
-    if (threadIdx.x < W)
-      for (int j = 0; j < C; ++j) sum += Y[j * LDY + threadIdx.x] * e[j];
+    if (t < D)
+      for (int j = 0; j < C; ++j) sum += ys[j * LDY + t] * e[j];
     __syncthreads();
   }
 #pragma unroll
   for (int n = 0; n < EACH; ++n) {
-    const int t = threadIdx.x + n * THREADS;
-    if (t < TILES)
+    const int tile = t + n * THREADS;
+    if (tile < TILES)
 #pragma unroll
       for (int a = 0; a < 4; ++a) {
-        const int d = t / (VT / 4) * 4 + a;
-        if (d < W) put4<V>(state + (long long)d * V, column + t % (VT / 4) * 4, s[n][a]);
+        const int d = tile / (VT / 4) * 4 + a;
+        if (d < D) put4<M>(state + d * M, column + tile % (VT / 4) * 4, s[n][a]);
       }
   }
-  if (column == 0 && threadIdx.x < W) state[(long long)W * V + threadIdx.x] = sum;
-}
-
-// TRANSPOSE false: S, of φ(k_j) [v_j | 1]ᵀ for each key head. true: R, of φ(q_j) G_jᵀ for each query head.
-template <typename T, int D, int M, int C, int VT, int FEATURE, bool NORM, bool TRANSPOSE>
-__global__ void __launch_bounds__(THREADS, 2) group_states(const T* __restrict__ y, const T* __restrict__ z, const Sum<T>* __restrict__ inv,
-                                                        const Sum<T>* __restrict__ dden, Sum<T>* __restrict__ states,
-                                                        const int* __restrict__ lengths, int N, int groups, int rows, Sum<T> scale) {
-  typedef Sum<T> A;
-  extern __shared__ __align__(16) unsigned char bytes[];
-  const long long head = blockIdx.x / groups, group = blockIdx.x % groups;
-  const int column = blockIdx.y * VT, real = real_rows(lengths, head, N), first = (int)(group * rows);
-  own_state<A, C, D, M, VT>(
-      reinterpret_cast<A*>(bytes), states + (head * groups + group) * STATE_SIZE<D, M>, first, min(first + rows, real), column,
-      [&](int i, int c) { return i < real ? scale * phi<FEATURE>(A(widen(y[(head * N + i) * D + c]))) : A(0); },
-      [&](int i, int c) {
-        if (i >= real || column + c >= M) return A(0);
-        const A x = widen(z[(head * N + i) * M + column + c]);
-        return TRANSPOSE && NORM ? x * inv[head * N + i] : x;
-      },
-      [&](int i) { return i >= real || !NORM ? A(0) : TRANSPOSE ? dden[head * N + i] : A(1); });
+  if (column == 0 && t < D) state[D * M + t] = sum;
 }
 
 // --- (b) what precedes each group ------------------------------------------------------------------------------------------------------
@@ -293,7 +312,7 @@ __device__ __forceinline__ void walk(unsigned char* bytes, int first, int last, 
       if (t < H * H) {
         const int row = t / H, col = t % H;
         A score[2][2] = {};
-        dot_rows<C, W, LD>(xs, ys, row, col, score);
+        dot_rows<H, H, WP, LD, LD>(xs, ys, row, col, score);
 #pragma unroll
         for (int u = 0; u < 2; ++u)
 #pragma unroll
@@ -312,15 +331,7 @@ __device__ __forceinline__ void walk(unsigned char* bytes, int first, int last, 
           if (lane == 0) den[row] = sum;
         }
       if (t < TILES) rows_times<H, C, LDP, LDZ>(scores, zs, i, c, o);
-      for (int tile = t; tile < WP / 4 * (VT / 4); tile += THREADS) {
-        const int a = tile / (VT / 4) * 4, b = tile % (VT / 4) * 4;
-        A more[4][4];
-#pragma unroll
-        for (int u = 0; u < 4; ++u) read4(state + (a + u) * LDS + b, more[u]);
-        columns_times<C, LD, LDZ>(ys, zs, a, b, more);
-#pragma unroll
-        for (int u = 0; u < 4; ++u) write4(state + (a + u) * LDS + b, more[u]);
-      }
+      add_outer<C, WP, VT, LDS, LD, LDZ>(state, ys, zs);
       if (EXTRA && t < VT) {
         A more = s[t];
         for (int j = 0; j < C; ++j) more += fs[j] * zs[j * LDZ + t];
@@ -342,160 +353,138 @@ __device__ __forceinline__ void walk(unsigned char* bytes, int first, int last, 
 
 // out = Sᵀφ(q) / (zᵀφ(q) + ε). `inv` takes 1 / (den + ε) of each row, which the backward needs.
 template <typename T, int D, int M, int C, int VT, int FEATURE, bool NORM>
-__global__ void __launch_bounds__(THREADS, BLOCKS<T>) group_outputs(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
-                                                            const Sum<T>* __restrict__ states, T* __restrict__ out, Sum<T>* __restrict__ inv,
-                                                            const int* __restrict__ query_lengths, const int* __restrict__ key_lengths, int N,
-                                                            int groups, int rows, int shared, Sum<T> scale, Sum<T> eps) {
+__global__ void __launch_bounds__(THREADS, BLOCKS<T>)
+group_outputs(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, const Sum<T>* __restrict__ states, T* __restrict__ out,
+              Sum<T>* __restrict__ inv, const int* __restrict__ query_lengths, const int* __restrict__ key_lengths, int N, int groups, int rows,
+              int shared, Sum<T> scale, Sum<T> eps) {
   typedef Sum<T> A;
   extern __shared__ __align__(16) unsigned char bytes[];
-  const long long head = blockIdx.x / groups, group = blockIdx.x % groups, kv = head / shared;
-  const int column = blockIdx.y * VT, first = (int)(group * rows), last = min(first + rows, N);
-  const int real_q = real_rows(query_lengths, head, N), real_k = real_rows(key_lengths, kv, N);
-  const A* state = states + (kv * groups + group) * STATE_SIZE<D, M>;
-  const T *qh = q + head * N * D, *kh = k + kv * N * D, *vh = v + kv * N * M;
+  const Group g(groups, rows, N);
+  const long long kv = g.head / shared;
+  const int column = blockIdx.y * VT, real_q = real_rows(query_lengths, g.head, N), real_k = real_rows(key_lengths, kv, N);
+  const A* state = states + (kv * groups + g.nth) * STATE_SIZE<D, M>;
+  const T *qh = q + g.head * N * D, *kh = k + kv * N * D, *vh = v + kv * N * M;
   walk<A, C, D, VT, false, NORM, false>(
-      bytes, first, last, 1,
-      [&](int i, int a) { return i < real_q ? scale * phi<FEATURE>(A(widen(qh[(long long)i * D + a]))) : A(0); },
+      bytes, g.first, g.last, 1,
+      [&](int i, int a) { return scale * number<D, FEATURE>(qh, i, a, real_q); },
       [](int, const A*, A*) {},
-      [&](int, int j, int a) { return j < real_k ? phi<FEATURE>(A(widen(kh[(long long)j * D + a]))) : A(0); },
-      [&](int, int j, int c) { return j < real_k && column + c < M ? A(widen(vh[(long long)j * M + column + c])) : A(0); },
-      [&](int, int) { return A(0); },
-      [&](A* tile) {
-        fill<up(D, 4), VT, STATE<VT>>(tile, [&](int a, int c) { return a < D && column + c < M ? state[a * M + column + c] : A(0); });
-      },
-      [&](int) { return A(0); },
+      [&](int, int j, int a) { return number<D, FEATURE>(kh, j, a, real_k); },
+      [&](int, int j, int c) { return number<M>(vh, j, column + c, real_k); },
+      [](int, int) { return A(0); },
+      [&](A* tile) { fill_columns<D, M, VT, STATE<VT>>(tile, state, column); },
+      [](int) { return A(0); },
       [&](int a) { return state[D * M + a]; },
       [&](int i, int c, A (&o)[4], A den) {
-        if (i >= last) return;
+        if (i >= g.last) return;
         if constexpr (NORM) {
           const A by = i < real_q ? inverse(den + eps) : A(0);
 #pragma unroll
           for (int b = 0; b < 4; ++b) o[b] *= by;
-          if (column == 0 && c == 0) inv[head * N + i] = by;
+          if (column == 0 && c == 0) inv[g.head * N + i] = by;
         }
-        put4<M>(out + (head * N + i) * M, column + c, o);
+        put4<M>(out + (g.head * N + i) * M, column + c, o);
       });
 }
 
 // dq_i = φ'(q_i) ⊙ scale·S_i G_i, and dden, which the other two need
 template <typename T, int D, int M, int C, int VT, int FEATURE, bool NORM>
-__global__ void __launch_bounds__(THREADS, BLOCKS<T>) group_dq(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
-                                                       const T* __restrict__ dout, const T* __restrict__ out,
-                                                       const Sum<T>* __restrict__ states, const Sum<T>* __restrict__ inv,
-                                                       Sum<T>* __restrict__ dden, T* __restrict__ dq,
-                                                       const int* __restrict__ query_lengths, const int* __restrict__ key_lengths, int N,
-                                                       int groups, int rows, int shared, Sum<T> scale) {
+__global__ void __launch_bounds__(THREADS, BLOCKS<T>)
+group_dq(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, const T* __restrict__ dout, const T* __restrict__ out,
+         const Sum<T>* __restrict__ states, const Sum<T>* __restrict__ inv, Sum<T>* __restrict__ dden, T* __restrict__ dq,
+         const int* __restrict__ query_lengths, const int* __restrict__ key_lengths, int N, int groups, int rows, int shared, Sum<T> scale) {
   typedef Sum<T> A;
   extern __shared__ __align__(16) unsigned char bytes[];
-  const long long head = blockIdx.x / groups, group = blockIdx.x % groups, kv = head / shared;
-  const int column = blockIdx.y * VT, first = (int)(group * rows), last = min(first + rows, N);
-  const int real_q = real_rows(query_lengths, head, N), real_k = real_rows(key_lengths, kv, N);
-  const A* state = states + (kv * groups + group) * STATE_SIZE<D, M>;
-  const T *qh = q + head * N * D, *kh = k + kv * N * D, *vh = v + kv * N * M, *doh = dout + head * N * M, *outh = out + head * N * M;
+  const Group g(groups, rows, N);
+  const long long kv = g.head / shared;
+  const int column = blockIdx.y * VT, real_q = real_rows(query_lengths, g.head, N), real_k = real_rows(key_lengths, kv, N);
+  const A *state = states + (kv * groups + g.nth) * STATE_SIZE<D, M>, *inv_h = inv + g.head * N;
+  const T *qh = q + g.head * N * D, *kh = k + kv * N * D, *vh = v + kv * N * M, *doh = dout + g.head * N * M, *outh = out + g.head * N * M;
   walk<A, C, M, VT, NORM, false, false>(
-      bytes, first, last, 1,
-      [&](int i, int a) { return i >= real_q ? A(0) : NORM ? A(widen(doh[(long long)i * M + a])) * inv[head * N + i] : A(widen(doh[(long long)i * M + a])); },
+      bytes, g.first, g.last, 1,
+      [&](int i, int a) { return cotangent<M, NORM>(doh, inv_h, i, a, real_q); },
       [&](int start, const A* xs, A* es) {                              // dden of each row, by a warp: x holds do / (den + ε)
         for (int r = threadIdx.x / 32; r < C; r += WARPS) {
           A sum = 0;
-          if (start + r < real_q)
-            for (int a = threadIdx.x % 32; a < M; a += 32) sum -= xs[r * STRIDE<M> + a] * A(widen(outh[(long long)(start + r) * M + a]));
+          for (int a = threadIdx.x % 32; a < M; a += 32) sum -= xs[r * STRIDE<M> + a] * number<M>(outh, start + r, a, real_q);
           sum = warp_sum(sum);
           if (threadIdx.x % 32 == 0) {
             es[r] = sum;
-            if (column == 0 && start + r < last) dden[head * N + start + r] = sum;
+            if (column == 0 && start + r < g.last) dden[g.head * N + start + r] = sum;
           }
         }
       },
-      [&](int, int j, int a) { return j < real_k ? A(widen(vh[(long long)j * M + a])) : A(0); },
-      [&](int, int j, int c) { return j < real_k && column + c < D ? phi<FEATURE>(A(widen(kh[(long long)j * D + column + c]))) : A(0); },
+      [&](int, int j, int a) { return number<M>(vh, j, a, real_k); },
+      [&](int, int j, int c) { return number<D, FEATURE>(kh, j, column + c, real_k); },
       [&](int, int j) { return j < real_k ? A(1) : A(0); },
       [&](A* tile) { fill_transposed<M, D, VT, STATE<VT>>(tile, state, column); },
       [&](int c) { return column + c < D ? state[D * M + column + c] : A(0); },
-      [&](int) { return A(0); },
+      [](int) { return A(0); },
       [&](int i, int c, A (&o)[4], A) {
-        if (i >= last) return;
-        A x[4] = {};
-        if (FEATURE && i < real_q) get4<D>(qh + (long long)i * D, column + c, x);
-#pragma unroll
-        for (int b = 0; b < 4; ++b) o[b] = i < real_q ? o[b] * scale * phi_slope<FEATURE>(x[b]) : A(0);
-        put4<D>(dq + (head * N + i) * D, column + c, o);
+        if (i < g.last) put_slope<D, FEATURE>(dq + (g.head * N + i) * D, qh + (long long)i * D, column + c, i < real_q, scale, o);
       });
 }
 
 // dk_i = φ'(k_i) ⊙ R_i [v_i | 1], over the query heads that share the key
 template <typename T, int D, int M, int C, int VT, int FEATURE, bool NORM>
-__global__ void __launch_bounds__(THREADS, BLOCKS<T>) group_dk(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
-                                                       const T* __restrict__ dout, const Sum<T>* __restrict__ states,
-                                                       const Sum<T>* __restrict__ inv, const Sum<T>* __restrict__ dden, T* __restrict__ dk,
-                                                       const int* __restrict__ query_lengths, const int* __restrict__ key_lengths, int N,
-                                                       int groups, int rows, int shared, Sum<T> scale) {
+__global__ void __launch_bounds__(THREADS, BLOCKS<T>)
+group_dk(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, const T* __restrict__ dout, const Sum<T>* __restrict__ states,
+         const Sum<T>* __restrict__ inv, const Sum<T>* __restrict__ dden, T* __restrict__ dk, const int* __restrict__ query_lengths,
+         const int* __restrict__ key_lengths, int N, int groups, int rows, int shared, Sum<T> scale) {
   typedef Sum<T> A;
   extern __shared__ __align__(16) unsigned char bytes[];
-  const long long kv = blockIdx.x / groups, group = blockIdx.x % groups, head = kv * shared;
-  const int column = blockIdx.y * VT, first = (int)(group * rows), last = min(first + rows, N), real_k = real_rows(key_lengths, kv, N);
-  const A* state = states + (head * groups + group) * STATE_SIZE<D, M>;
-  const T *kh = k + kv * N * D, *vh = v + kv * N * M;
+  const Group g(groups, rows, N);
+  const long long head = g.head * shared;
+  const int column = blockIdx.y * VT, real_k = real_rows(key_lengths, g.head, N);
+  const A* state = states + (head * groups + g.nth) * STATE_SIZE<D, M>;
+  const T *kh = k + g.head * N * D, *vh = v + g.head * N * M;
   walk<A, C, M, VT, NORM, false, true>(
-      bytes, first, last, shared,
-      [&](int i, int a) { return i < real_k ? A(widen(vh[(long long)i * M + a])) : A(0); },
+      bytes, g.first, g.last, shared,
+      [&](int i, int a) { return number<M>(vh, i, a, real_k); },
       [&](int start, const A*, A* es) {
         if (threadIdx.x < C) es[threadIdx.x] = start + (int)threadIdx.x < real_k ? A(1) : A(0);
       },
-      [&](int g, int j, int a) {
-        if (j >= real_rows(query_lengths, head + g, N)) return A(0);
-        const A x = widen(dout[((head + g) * N + j) * M + a]);
-        return NORM ? x * inv[(head + g) * N + j] : x;
+      [&](int h, int j, int a) {
+        return cotangent<M, NORM>(dout + (head + h) * N * M, inv + (head + h) * N, j, a, real_rows(query_lengths, head + h, N));
       },
-      [&](int g, int j, int c) {
-        return j < real_rows(query_lengths, head + g, N) && column + c < D ? scale * phi<FEATURE>(A(widen(q[((head + g) * N + j) * D + column + c]))) : A(0);
+      [&](int h, int j, int c) {
+        return scale * number<D, FEATURE>(q + (head + h) * N * D, j, column + c, real_rows(query_lengths, head + h, N));
       },
-      [&](int g, int j) { return j < real_rows(query_lengths, head + g, N) ? dden[(head + g) * N + j] : A(0); },
+      [&](int h, int j) { return j < real_rows(query_lengths, head + h, N) ? dden[(head + h) * N + j] : A(0); },
       [&](A* tile) { fill_transposed<M, D, VT, STATE<VT>>(tile, state, column); },
       [&](int c) { return column + c < D ? state[D * M + column + c] : A(0); },
-      [&](int) { return A(0); },
+      [](int) { return A(0); },
       [&](int i, int c, A (&o)[4], A) {
-        if (i >= last) return;
-        A x[4] = {};
-        if (FEATURE && i < real_k) get4<D>(kh + (long long)i * D, column + c, x);
-#pragma unroll
-        for (int b = 0; b < 4; ++b) o[b] = i < real_k ? o[b] * phi_slope<FEATURE>(x[b]) : A(0);
-        put4<D>(dk + (kv * N + i) * D, column + c, o);
+        if (i < g.last) put_slope<D, FEATURE>(dk + (g.head * N + i) * D, kh + (long long)i * D, column + c, i < real_k, A(1), o);
       });
 }
 
 // dv_i = R_iᵀ φ(k_i), over the query heads that share the value
 template <typename T, int D, int M, int C, int VT, int FEATURE, bool NORM>
-__global__ void __launch_bounds__(THREADS, BLOCKS<T>) group_dv(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ dout,
-                                                       const Sum<T>* __restrict__ states, const Sum<T>* __restrict__ inv, T* __restrict__ dv,
-                                                       const int* __restrict__ query_lengths, const int* __restrict__ key_lengths, int N,
-                                                       int groups, int rows, int shared, Sum<T> scale) {
+__global__ void __launch_bounds__(THREADS, BLOCKS<T>)
+group_dv(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ dout, const Sum<T>* __restrict__ states,
+         const Sum<T>* __restrict__ inv, T* __restrict__ dv, const int* __restrict__ query_lengths, const int* __restrict__ key_lengths, int N,
+         int groups, int rows, int shared, Sum<T> scale) {
   typedef Sum<T> A;
   extern __shared__ __align__(16) unsigned char bytes[];
-  const long long kv = blockIdx.x / groups, group = blockIdx.x % groups, head = kv * shared;
-  const int column = blockIdx.y * VT, first = (int)(group * rows), last = min(first + rows, N), real_k = real_rows(key_lengths, kv, N);
-  const A* state = states + (head * groups + group) * STATE_SIZE<D, M>;
-  const T* kh = k + kv * N * D;
+  const Group g(groups, rows, N);
+  const long long head = g.head * shared;
+  const int column = blockIdx.y * VT, real_k = real_rows(key_lengths, g.head, N);
+  const A* state = states + (head * groups + g.nth) * STATE_SIZE<D, M>;
+  const T* kh = k + g.head * N * D;
   walk<A, C, D, VT, false, false, true>(
-      bytes, first, last, shared,
-      [&](int i, int a) { return i < real_k ? phi<FEATURE>(A(widen(kh[(long long)i * D + a]))) : A(0); },
+      bytes, g.first, g.last, shared,
+      [&](int i, int a) { return number<D, FEATURE>(kh, i, a, real_k); },
       [](int, const A*, A*) {},
-      [&](int g, int j, int a) {
-        return j < real_rows(query_lengths, head + g, N) ? scale * phi<FEATURE>(A(widen(q[((head + g) * N + j) * D + a]))) : A(0);
+      [&](int h, int j, int a) { return scale * number<D, FEATURE>(q + (head + h) * N * D, j, a, real_rows(query_lengths, head + h, N)); },
+      [&](int h, int j, int c) {
+        return cotangent<M, NORM>(dout + (head + h) * N * M, inv + (head + h) * N, j, column + c, real_rows(query_lengths, head + h, N));
       },
-      [&](int g, int j, int c) {
-        if (j >= real_rows(query_lengths, head + g, N) || column + c >= M) return A(0);
-        const A x = widen(dout[((head + g) * N + j) * M + column + c]);
-        return NORM ? x * inv[(head + g) * N + j] : x;
-      },
-      [&](int, int) { return A(0); },
-      [&](A* tile) {
-        fill<up(D, 4), VT, STATE<VT>>(tile, [&](int a, int c) { return a < D && column + c < M ? state[a * M + column + c] : A(0); });
-      },
-      [&](int) { return A(0); },
-      [&](int) { return A(0); },
+      [](int, int) { return A(0); },
+      [&](A* tile) { fill_columns<D, M, VT, STATE<VT>>(tile, state, column); },
+      [](int) { return A(0); },
+      [](int) { return A(0); },
       [&](int i, int c, A (&o)[4], A) {
-        if (i < last) put4<M>(dv + (kv * N + i) * M, column + c, o);
+        if (i < g.last) put4<M>(dv + (g.head * N + i) * M, column + c, o);
       });
 }
 
@@ -505,26 +494,26 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<T>) group_dv(const T* __restri
 //
 // and the others dv: rows i, i + C/2 of four columns of dv_i = Rᵀ φ(k_i) + Σ_{j≥i} (φ(k_i)·φ(q_j)) G_j. Both update R and r.
 template <typename T, int D, int M, int C, int FEATURE, bool NORM>
-__global__ void __launch_bounds__(THREADS, 2) group_dk_dv(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
-                                                          const T* __restrict__ dout, const Sum<T>* __restrict__ states,
-                                                          const Sum<T>* __restrict__ inv, const Sum<T>* __restrict__ dden,
-                                                          T* __restrict__ dk, T* __restrict__ dv, const int* __restrict__ query_lengths,
-                                                          const int* __restrict__ key_lengths, int N, int groups, int rows, int shared,
-                                                          Sum<T> scale) {
+__global__ void __launch_bounds__(THREADS, 2)
+group_dk_dv(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, const T* __restrict__ dout, const Sum<T>* __restrict__ states,
+            const Sum<T>* __restrict__ inv, const Sum<T>* __restrict__ dden, T* __restrict__ dk, T* __restrict__ dv,
+            const int* __restrict__ query_lengths, const int* __restrict__ key_lengths, int N, int groups, int rows, int shared, Sum<T> scale) {
   typedef Sum<T> A;
   extern __shared__ __align__(16) unsigned char bytes[];
   constexpr int H = C / 2, VD = up(D, 32), VM = up(M, 32), LDK = STRIDE<D>, LDV = STRIDE<M>, LDP = SCORES<C>, HALF = THREADS / 2;
   static_assert(H * (VD / 4) <= HALF && H * (VM / 4) <= HALF && H * H <= HALF, "a thread has one tile of dk or of dv");
   A *ks = reinterpret_cast<A*>(bytes), *qs = ks + C * LDK, *vs = qs + C * LDK, *gs = vs + C * LDV, *R = gs + C * LDV;
   A *scores_k = R + VD * LDV, *scores_v = scores_k + C * LDP, *r = scores_v + C * LDP, *fs = r + VD;
-  const long long kv = blockIdx.x / groups, group = blockIdx.x % groups, head = kv * shared;
-  const int first = (int)(group * rows), last = min(first + rows, N), real_k = real_rows(key_lengths, kv, N), chunks = (last - first + C - 1) / C;
+  const Group g(groups, rows, N);
+  const long long kv = g.head, head = kv * shared;
+  const int real_k = real_rows(key_lengths, kv, N), chunks = (g.last - g.first + C - 1) / C;
+  const T *kh = k + kv * N * D, *vh = v + kv * N * M;
   const bool for_k = threadIdx.x < HALF;
   const int t = threadIdx.x % HALF, row = t / H, col = t % H;
   const int nth = for_k ? t / (VD / 4) : t / (VM / 4), c = for_k ? t % (VD / 4) : t % (VM / 4) * 4;
   const int i = nth % 2 * (H / 2) + nth / 2;                            // rows 4 apart in the halves of a warp: other banks
   const bool busy = nth < H;
-  const A* state = states + (head * groups + group) * STATE_SIZE<D, M>;
+  const A* state = states + (head * groups + g.nth) * STATE_SIZE<D, M>;
   // Columns beyond D and M are 0 up to a multiple of 32, and stay so
   fill<C, VD, LDK>(ks, [&](int, int) { return A(0); });
   fill<C, VD, LDK>(qs, [&](int, int) { return A(0); });
@@ -533,43 +522,31 @@ __global__ void __launch_bounds__(THREADS, 2) group_dk_dv(const T* __restrict__ 
   fill<VD, VM, LDV>(R, [&](int a, int b) { return a < D && b < M ? state[a * M + b] : A(0); });
   if (threadIdx.x < VD) r[threadIdx.x] = threadIdx.x < D ? state[D * M + threadIdx.x] : A(0);
   for (int step = chunks - 1; step >= 0; --step) {
-    const int start = first + step * C;
+    const int start = g.first + step * C;
     __syncthreads();
-    fill<C, D, LDK>(ks, [&](int j, int a) { return start + j < real_k ? phi<FEATURE>(A(widen(k[(kv * N + start + j) * D + a]))) : A(0); });
-    fill<C, M, LDV>(vs, [&](int j, int a) { return start + j < real_k ? A(widen(v[(kv * N + start + j) * M + a])) : A(0); });
+    fill<C, D, LDK>(ks, [&](int j, int a) { return number<D, FEATURE>(kh, start + j, a, real_k); });
+    fill<C, M, LDV>(vs, [&](int j, int a) { return number<M>(vh, start + j, a, real_k); });
     __syncthreads();
     A o[2][4] = {};
     if (for_k && busy) {
 #pragma unroll
       for (int b = 0; b < 4; ++b)
         if constexpr (NORM) o[0][b] = o[1][b] = r[c + b * (VD / 4)];
-#pragma unroll 2
-      for (int m = 0; m < VM; m += 4) {
-        A x[2][4], y[4];
-        read4(vs + i * LDV + m, x[0]), read4(vs + (i + H) * LDV + m, x[1]);
-#pragma unroll
-        for (int b = 0; b < 4; ++b) {
-          read4(R + (c + b * (VD / 4)) * LDV + m, y);
-#pragma unroll
-          for (int u = 0; u < 2; ++u)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) o[u][b] += x[u][e] * y[e];
-        }
-      }
+      dot_rows<H, VD / 4, VM, LDV, LDV>(vs, R, i, c, o);
     } else if (!for_k && busy) {
       rows_times<H, VD, LDK, LDV>(ks, R, i, c, o);
     }
-    for (int g = 0; g < shared; ++g) {
-      const long long at = (head + g) * N + start;
-      const int real_q = real_rows(query_lengths, head + g, N) - start;
-      fill<C, D, LDK>(qs, [&](int j, int a) { return j < real_q ? scale * phi<FEATURE>(A(widen(q[(at + j) * D + a]))) : A(0); });
-      fill<C, M, LDV>(gs, [&](int j, int a) { return j >= real_q ? A(0) : NORM ? A(widen(dout[(at + j) * M + a])) * inv[at + j] : A(widen(dout[(at + j) * M + a])); });
-      if (NORM && threadIdx.x < C) fs[threadIdx.x] = (int)threadIdx.x < real_q ? dden[at + threadIdx.x] : A(0);
+    for (int h = 0; h < shared; ++h) {
+      const long long at = (head + h) * N;
+      const int real_q = real_rows(query_lengths, head + h, N);
+      fill<C, D, LDK>(qs, [&](int j, int a) { return scale * number<D, FEATURE>(q + at * D, start + j, a, real_q); });
+      fill<C, M, LDV>(gs, [&](int j, int a) { return cotangent<M, NORM>(dout + at * M, inv + at, start + j, a, real_q); });
+      if (NORM && threadIdx.x < C) fs[threadIdx.x] = start + (int)threadIdx.x < real_q ? dden[at + start + threadIdx.x] : A(0);
       __syncthreads();
       if (t < H * H) {
         A score[2][2] = {};
-        if (for_k) dot_rows<C, M, LDV>(vs, gs, row, col, score);
-        else dot_rows<C, D, LDK>(ks, qs, row, col, score);
+        if (for_k) dot_rows<H, H, up(M, 4), LDV, LDV>(vs, gs, row, col, score);
+        else dot_rows<H, H, up(D, 4), LDK, LDK>(ks, qs, row, col, score);
         A* scores = for_k ? scores_k : scores_v;
 #pragma unroll
         for (int u = 0; u < 2; ++u)
@@ -581,31 +558,9 @@ __global__ void __launch_bounds__(THREADS, 2) group_dk_dv(const T* __restrict__ 
           }
       }
       __syncthreads();
-      if (for_k && busy) {
-#pragma unroll 2
-        for (int j = 0; j < C; j += 4) {
-          A x[2][4];
-          read4(scores_k + i * LDP + j, x[0]), read4(scores_k + (i + H) * LDP + j, x[1]);
-#pragma unroll
-          for (int e = 0; e < 4; ++e)
-#pragma unroll
-            for (int b = 0; b < 4; ++b) {
-              const A y = qs[(j + e) * LDK + c + b * (VD / 4)];
-              o[0][b] += x[0][e] * y, o[1][b] += x[1][e] * y;
-            }
-        }
-      } else if (!for_k && busy) {
-        rows_times<H, C, LDP, LDV>(scores_v, gs, i, c, o);
-      }
-      for (int tile = threadIdx.x; tile < VD / 4 * (VM / 4); tile += THREADS) {
-        const int a = tile / (VM / 4) * 4, b = tile % (VM / 4) * 4;
-        A more[4][4];
-#pragma unroll
-        for (int u = 0; u < 4; ++u) read4(R + (a + u) * LDV + b, more[u]);
-        columns_times<C, LDK, LDV>(qs, gs, a, b, more);
-#pragma unroll
-        for (int u = 0; u < 4; ++u) write4(R + (a + u) * LDV + b, more[u]);
-      }
+      if (for_k && busy) rows_times<H, C, LDP, LDK, VD / 4>(scores_k, qs, i, c, o);
+      else if (!for_k && busy) rows_times<H, C, LDP, LDV>(scores_v, gs, i, c, o);
+      add_outer<C, VD, VM, LDV, LDK, LDV>(R, qs, gs);
       if (NORM && threadIdx.x < VD) {
         A more = r[threadIdx.x];
         for (int j = 0; j < C; ++j) more += qs[j * LDK + threadIdx.x] * fs[j];
@@ -617,7 +572,7 @@ __global__ void __launch_bounds__(THREADS, 2) group_dk_dv(const T* __restrict__ 
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
         const int n = start + i + u * H;
-        if (n >= last) continue;
+        if (n >= g.last) continue;
         if (!for_k) {
           put4<M>(dv + (kv * N + n) * M, c, o[u]);
           continue;

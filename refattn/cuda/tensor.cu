@@ -90,7 +90,7 @@ __device__ __forceinline__ void give(float* stage, Tile& tile, const float (&x)[
 
 // S += Yᵀ Z over ROWS positions. S has DT × MT tiles; a warp has every eighth, and where MT divides 8 all of the same columns.
 template <int ROWS, int DT, int MT, int LDY, int LDZ, typename T, int EACH>
-__device__ __forceinline__ void add_outer(const T* Y, const T* Z, Tile (&S)[EACH]) {
+__device__ __forceinline__ void add_outer_tiles(const T* Y, const T* Z, Tile (&S)[EACH]) {
   const int warp = threadIdx.x / 32;
 #pragma unroll 1
   for (int j = 0; j < ROWS; j += 16) {
@@ -117,18 +117,18 @@ __global__ void __launch_bounds__(THREADS, 2) group_states_tc(const T* __restric
   T *ks = reinterpret_cast<T*>(tiles), *vs = ks + STATE_CHUNK * ROW<D>;
   const int t = threadIdx.x, warp = t / 32;
   float* stage = reinterpret_cast<float*>(tiles) + warp * STAGE;                  // over ks and vs, when these are done with
-  const long long head = blockIdx.x / groups, group = blockIdx.x % groups;
-  const int first = (int)(group * rows), last = min(first + rows, real_rows(lengths, head, N));
-  float* state = states + (head * groups + group) * STATE_SIZE<D, M>;
+  const Group g(groups, rows, N);
+  const int last = min(g.last, real_rows(lengths, g.head, N));
+  float* state = states + (g.head * groups + g.nth) * STATE_SIZE<D, M>;
   Tile S[EACH];
 #pragma unroll
   for (int n = 0; n < EACH; ++n) wmma::fill_fragment(S[n], 0.f);
   float sum = 0;
-  for (int start = first; start < last; start += STATE_CHUNK) {
-    load_rows<STATE_CHUNK, D, D>(ks, k + head * N * D, start, last, 0, [](float x) { return phi<FEATURE>(x); });
-    load_rows<STATE_CHUNK, M, M>(vs, v + head * N * M, start, last, 0, [](float x) { return x; });
+  for (int start = g.first; start < last; start += STATE_CHUNK) {
+    load_rows<STATE_CHUNK, D, D>(ks, k + g.head * N * D, start, last, 0, [](float x) { return phi<FEATURE>(x); });
+    load_rows<STATE_CHUNK, M, M>(vs, v + g.head * N * M, start, last, 0, [](float x) { return x; });
     __syncthreads();
-    add_outer<STATE_CHUNK, DT, MT, ROW<D>, ROW<M>>(ks, vs, S);
+    add_outer_tiles<STATE_CHUNK, DT, MT, ROW<D>, ROW<M>>(ks, vs, S);
     if (NORM && t < D)
       for (int j = 0; j < STATE_CHUNK; ++j) sum += widen(ks[j * ROW<D> + t]);
     __syncthreads();
@@ -169,10 +169,10 @@ __global__ void __launch_bounds__(THREADS, 2) group_outputs_tc(const T* __restri
   float *z = reinterpret_cast<float*>(s_lo + DP * LDV), *den = z + DP, *lowered = den + C, *tops = lowered + C;
   const int t = threadIdx.x, warp = t / 32, lane = t % 32, row = lane_row(), quad = lane_column();
   float* stage = stages + warp * STAGE;
-  const long long head = blockIdx.x / groups, group = blockIdx.x % groups, kv = head / shared;
-  const int column = blockIdx.y * VT, first = (int)(group * rows), last = min(first + rows, N);
-  const int real_q = real_rows(query_lengths, head, N), real_k = real_rows(key_lengths, kv, N);
-  const float* state = states + (kv * groups + group) * STATE_SIZE<D, M>;
+  const Group g(groups, rows, N);
+  const long long head = g.head, kv = head / shared;
+  const int column = blockIdx.y * VT, real_q = real_rows(query_lengths, head, N), real_k = real_rows(key_lengths, kv, N);
+  const float* state = states + (kv * groups + g.nth) * STATE_SIZE<D, M>;
   Tile S[EACH];
   float raised, sunk;                                                   // the power of two in s_hi and s_lo, and its inverse
 
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(THREADS, 2) group_outputs_tc(const T* __restri
   __syncthreads();
   split_state();
 
-  for (int start = first; start < last; start += C) {
+  for (int start = g.first; start < g.last; start += C) {
     load_rows<C, D, D>(qs, q + head * N * D, start, real_q, 0, [](float x) { return phi<FEATURE>(x); });
     load_rows<C, D, D>(ks, k + kv * N * D, start, real_k, 0, [](float x) { return phi<FEATURE>(x); });
     load_rows<C, M, VT>(vs, v + kv * N * M, start, real_k, column, [](float x) { return x; });
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(THREADS, 2) group_outputs_tc(const T* __restri
       }
       wmma::store_matrix_sync(scores + r * SCORE_ROW + c, tile, SCORE_ROW, wmma::mem_row_major);
     }
-    add_outer<C, DT, MT, LD, LDV>(ks, vs, S);
+    add_outer_tiles<C, DT, MT, LD, LDV>(ks, vs, S);
     leave_top();
     __syncthreads();
     for (int i = warp; i < C; i += WARPS) {
@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(THREADS, 2) group_outputs_tc(const T* __restri
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
         const int i = r + row + 8 * u, at = start + i;
-        if (at >= last) continue;
+        if (at >= g.last) continue;
         const float by = at >= real_q ? 0.f : NORM ? inverse(scale * den[i] + eps) : 1.f;
 #pragma unroll
         for (int b = 0; b < 4; ++b) x[u][b] = at < real_q ? scale * (x[u][b] * lowered[i] + y[u][b] * sunk) * by : 0.f;

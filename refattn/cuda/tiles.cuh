@@ -88,6 +88,11 @@ template <int C, int W, int LD, typename A, class Value> __device__ __forceinlin
   for (int i = threadIdx.x; i < C * W; i += THREADS) tile[i / W * LD + i % W] = value(i / W, i % W);
 }
 
+// tile[r][c] = rows[r][column + c] for R rows of W numbers; 0 beyond the row's end, and up to a multiple of 4 rows
+template <int R, int W, int V, int LD, typename A> __device__ __forceinline__ void fill_columns(A* tile, const A* rows, int column) {
+  fill<up(R, 4), V, LD>(tile, [&](int r, int c) { return r < R && column + c < W ? rows[r * W + column + c] : A(0); });
+}
+
 // tile[a][c] = rows[column + c][a] for `rows` of W numbers, V of them; 0 beyond. Two threads read a sector of 32 bytes of a row, and each
 // turns 4 × 4 numbers over.
 template <int W, int V, int VT, int LD, typename A> __device__ __forceinline__ void fill_transposed(A* tile, const A* rows, int column) {
@@ -116,24 +121,26 @@ template <int C, int W, int LD, typename A> __device__ __forceinline__ void clea
     for (int i = threadIdx.x; i < C * MORE; i += THREADS) tile[i / MORE * LD + W + i % MORE] = 0;
 }
 
-// s[a][b] += Σ_w X[i + a·C/2][w] Y[j + b·C/2][w]
-template <int C, int W, int LD, typename A> __device__ __forceinline__ void dot_rows(const A* X, const A* Y, int i, int j, A (&s)[2][2]) {
+// s[a][b] += Σ_w X[i + a·H][w] Y[j + b·STEP][w], W a multiple of 4
+template <int H, int STEP, int W, int LDX, int LDY, typename A, int B>
+__device__ __forceinline__ void dot_rows(const A* X, const A* Y, int i, int j, A (&s)[2][B]) {
 #pragma unroll 4
-  for (int w = 0; w < up(W, 4); w += 4) {
-    A x[2][4], y[2][4];
-    read4(X + i * LD + w, x[0]), read4(X + (i + C / 2) * LD + w, x[1]);
-    read4(Y + j * LD + w, y[0]), read4(Y + (j + C / 2) * LD + w, y[1]);
+  for (int w = 0; w < W; w += 4) {
+    A x[2][4], y[4];
+    read4(X + i * LDX + w, x[0]), read4(X + (i + H) * LDX + w, x[1]);
 #pragma unroll
-    for (int a = 0; a < 2; ++a)
+    for (int b = 0; b < B; ++b) {
+      read4(Y + (j + b * STEP) * LDY + w, y);
 #pragma unroll
-      for (int b = 0; b < 2; ++b)
+      for (int a = 0; a < 2; ++a)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) s[a][b] += x[a][e] * y[b][e];
+        for (int e = 0; e < 4; ++e) s[a][b] += x[a][e] * y[e];
+    }
   }
 }
 
-// o[a][b] += Σ_w X[i + a·H][w] Z[w][c + b], W a multiple of 4
-template <int H, int W, int LDX, int LDZ, typename A>
+// o[a][b] += Σ_w X[i + a·H][w] Z[w][c + b·STEP], W a multiple of 4
+template <int H, int W, int LDX, int LDZ, int STEP = 1, typename A>
 __device__ __forceinline__ void rows_times(const A* X, const A* Z, int i, int c, A (&o)[2][4]) {
 #pragma unroll 4
   for (int w = 0; w < W; w += 4) {
@@ -141,7 +148,12 @@ __device__ __forceinline__ void rows_times(const A* X, const A* Z, int i, int c,
     read4(X + i * LDX + w, x[0]), read4(X + (i + H) * LDX + w, x[1]);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      read4(Z + (w + e) * LDZ + c, z);
+      if constexpr (STEP == 1) {
+        read4(Z + (w + e) * LDZ + c, z);
+      } else {
+#pragma unroll
+        for (int b = 0; b < 4; ++b) z[b] = Z[(w + e) * LDZ + c + b * STEP];
+      }
 #pragma unroll
       for (int a = 0; a < 2; ++a)
 #pragma unroll
@@ -160,5 +172,18 @@ template <int C, int LDY, int LDZ, typename A> __device__ __forceinline__ void c
     for (int a = 0; a < 4; ++a)
 #pragma unroll
       for (int b = 0; b < 4; ++b) s[a][b] += y[a] * z[b];
+  }
+}
+
+// S += Yᵀ Z for R rows and V columns of S in shared memory, both multiples of 4; each thread its tiles of 4 × 4
+template <int C, int R, int V, int LDS, int LDY, int LDZ, typename A> __device__ __forceinline__ void add_outer(A* S, const A* Y, const A* Z) {
+  for (int tile = threadIdx.x; tile < R / 4 * (V / 4); tile += THREADS) {
+    const int r = tile / (V / 4) * 4, c = tile % (V / 4) * 4;
+    A s[4][4];
+#pragma unroll
+    for (int u = 0; u < 4; ++u) read4(S + (r + u) * LDS + c, s[u]);
+    columns_times<C, LDY, LDZ>(Y, Z, r, c, s);
+#pragma unroll
+    for (int u = 0; u < 4; ++u) write4(S + (r + u) * LDS + c, s[u]);
   }
 }
