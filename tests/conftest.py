@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 
 import hypothesis
 import numpy as np
@@ -40,3 +41,44 @@ def pytest_report_header(config: pytest.Config) -> str:
 def rng() -> np.random.Generator:
     """Random numbers that are the same in every run and for every test. Inside @given draw from Hypothesis instead."""
     return np.random.default_rng(SEED)
+
+
+@pytest.fixture(scope="session")
+def simt():
+    """The stand-in for CuPy, which runs CUDA kernels on the CPU."""
+    if shutil.which("g++") is None:
+        pytest.skip("the kernels are compiled for the CPU by g++, which is not here")
+    from refattn.simt import cupy
+    return cupy
+
+
+@pytest.fixture(scope="session", params=["simt", pytest.param("cupy", marks=pytest.mark.gpu)])
+def cp(request):
+    """The stand-in, and with `-m gpu` the device."""
+    if request.param == "simt":
+        return request.getfixturevalue("simt")
+    cupy = pytest.importorskip("cupy")
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        pytest.skip(f"no CUDA device: {error}")
+    return cupy
+
+
+@pytest.fixture
+def small_groups(monkeypatch):
+    """Kernels with groups of 64 positions, compiled anew: a planted bug is not to be kept."""
+    from refattn.cuda import launch
+    monkeypatch.setattr(launch, "group_rows", lambda heads, N: 64)
+    monkeypatch.setattr(launch, "_kernels", launch._kernels.__wrapped__)
+
+
+@pytest.fixture(scope="session")
+def wheels():
+    """`refattn.testing.nvrtc`, where its wheels are."""
+    from refattn.testing import nvrtc
+    try:
+        nvrtc._nvrtc()
+    except ImportError as error:
+        pytest.skip(str(error))
+    return nvrtc

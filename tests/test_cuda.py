@@ -1,7 +1,6 @@
 """The CUDA kernels, run on the CPU by `refattn.simt`: the public functions on (stand-in) CuPy arrays obey the laws of the NumPy ones."""
 from __future__ import annotations
 
-import shutil
 import sys
 
 import ml_dtypes
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from refattn import State, causal_linear_attention, causal_linear_attention_step, linear_attention, oracle, recurrence, softmax_attention, vjp
 from refattn.causal import causal_masked_backward, causal_masked_forward
 from refattn.cuda import bench, launch
-from refattn.simt import cupy as stand_in
 from refattn.softmax import softmax_step
 from refattn.testing import budgets, laws
 from refattn.testing.softmax_budget import softmax_forward_budget
@@ -22,26 +20,6 @@ from refattn.testing.softmax_budget import softmax_forward_budget
 SIZES = {"float64": (5, 7), "float32": (6, 5), "float16": (8, 4), "bfloat16": (8, 4)}
 few = settings(max_examples=max(settings().max_examples // 4, 5))
 seeds = st.integers(0, 2**32 - 1)
-
-
-@pytest.fixture(scope="module")
-def simt():
-    if shutil.which("g++") is None:
-        pytest.skip("the kernels are compiled for the CPU by g++, which is not here")
-    return stand_in
-
-
-@pytest.fixture(scope="module", params=["simt", pytest.param("cupy", marks=pytest.mark.gpu)])
-def cp(request):
-    """The emulator, and with `-m gpu` the device."""
-    if request.param == "simt":
-        return request.getfixturevalue("simt")
-    cupy = pytest.importorskip("cupy")
-    try:
-        cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        pytest.skip(f"no CUDA device: {error}")
-    return cupy
 
 
 def dtype_of(name):

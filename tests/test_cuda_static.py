@@ -2,21 +2,12 @@
 from __future__ import annotations
 
 import re
-import shutil
 
 import pytest
 
 from refattn.cuda import launch
 from refattn.cuda.bench import roofline_table, traffic_table
-from refattn.testing import nvrtc
-
-
-@pytest.fixture(scope="module")
-def wheels():
-    try:
-        nvrtc._nvrtc()
-    except ImportError as error:
-        pytest.skip(str(error))
+from refattn.testing.nvrtc import ARCHS
 
 
 # dtype, D, M, φ, normaliser: one dk_dv and one pair; an odd size; the largest, whose shared memory is
@@ -24,19 +15,19 @@ INSTANCES = [("float32", 64, 64, 1, True), ("float16", 64, 64, 1, True), ("bfloa
              ("float32", 128, 128, 1, True), ("float32", 256, 256, 0, False), ("float64", 256, 256, 1, True), ("float16", 37, 50, 1, True)]
 
 
-@pytest.mark.parametrize("arch", nvrtc.ARCHS)
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("instance", INSTANCES, ids=lambda i: "-".join(map(str, i)))
 def test_every_instance_compiles_spills_nothing_and_fits(instance, arch, wheels):
     dtype, D, M, *_ = instance
-    for row in nvrtc.cuda_static_table(launch.source(), launch.instances(*instance), [arch]):            # a warning is a RuntimeError
+    for row in wheels.cuda_static_table(launch.source(), launch.instances(*instance), [arch]):            # a warning is a RuntimeError
         assert row["spill_stores"] == row["spill_loads"] == row["stack"] == 0, row
         assert row["blocks"] >= (2 if D == M == 64 and dtype != "float64" and arch != "sm_75" and row["threads"] == launch.THREADS else 1), row
 
 
 def test_no_kernel_adds_by_atomics_or_uses_local_memory(wheels):
     names = [name for name, _, _ in launch.instances(*INSTANCES[0])]
-    compiled = nvrtc.nvrtc_compile(launch.source(), names, "sm_90", ("-std=c++17", *nvrtc.cupy_options()))
-    code = nvrtc.sass(compiled.cubin)
+    compiled = wheels.nvrtc_compile(launch.source(), names, "sm_90", ("-std=c++17", *wheels.cupy_options()))
+    code = wheels.sass(compiled.cubin)
     assert len(code) >= 8
     for name, instructions in code.items():
         assert len(instructions) > 20, name
@@ -44,10 +35,8 @@ def test_no_kernel_adds_by_atomics_or_uses_local_memory(wheels):
     assert any("FFMA" in i for i in code[compiled.lowered[launch.names(*INSTANCES[0])["group_outputs"]]])
 
 
-def test_traffic_stays_near_the_least():
+def test_traffic_stays_near_the_least(simt):
     """Each input read once and each output written once: at most 1.75 times that forward, twice that backward, in ideal requests."""
-    if shutil.which("g++") is None:
-        pytest.skip("the emulator needs g++")
     for row in traffic_table():
         if row["dtype"] == "float32":
             assert row["ratio"] <= {"forward": 1.75, "backward": 2.0}[row["pass"]], row

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 
 import ml_dtypes
@@ -14,8 +13,8 @@ from hypothesis import strategies as st
 from refattn import State, causal_linear_attention, oracle, vjp
 from refattn.causal import causal_masked_forward
 from refattn.cuda import launch
-from refattn.simt import cupy as stand_in
-from refattn.testing import budgets, laws, nvrtc
+from refattn.testing import budgets, laws
+from refattn.testing.nvrtc import ARCHS
 
 KINDS = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 PARTS = {"float16": (2.0**-22, 2.0**-39), "bfloat16": (2.0**-16, 0.0)}          # what two parts leave, of the number and of the largest
@@ -24,26 +23,12 @@ SIZES = [(8, 4), (37, 21), (64, 64), (24, 100), (128, 40)]
 few = settings(max_examples=max(settings().max_examples // 4, 5))
 
 
-@pytest.fixture(scope="module")
-def simt():
-    if shutil.which("g++") is None:
-        pytest.skip("the kernels are compiled for the CPU by g++, which is not here")
-    return stand_in
-
-
-@pytest.fixture(scope="module", params=["simt", pytest.param("cupy", marks=pytest.mark.gpu)])
-def cp(request):
-    """The emulator, and with `-m gpu` the device."""
-    if request.param == "simt":
-        return request.getfixturevalue("simt")
-    cupy = pytest.importorskip("cupy")
-    try:
-        capability = int(cupy.cuda.Device().compute_capability)
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        pytest.skip(f"no CUDA device: {error}")
-    if capability < 80:
-        pytest.skip(f"sm_{capability} has no tensor cores for bfloat16")
-    return cupy
+@pytest.fixture(scope="module", autouse=True)
+def with_tensor_cores(request):
+    if "cp" in request.fixturenames:
+        capability = int(request.getfixturevalue("cp").cuda.Device().compute_capability)
+        if capability < 80:
+            pytest.skip(f"sm_{capability} has no tensor cores for bfloat16")
 
 
 def forward(cp, q, k, v, S=None, z=None, **options):
@@ -331,12 +316,6 @@ def judged(cp, rng):
     return "right"
 
 
-@pytest.fixture
-def small_groups(monkeypatch):
-    monkeypatch.setattr(launch, "group_rows", lambda heads, N: 64)
-    monkeypatch.setattr(launch, "_kernels", launch._kernels.__wrapped__)           # what is compiled here is not to be kept
-
-
 def test_the_kernels_themselves_pass(simt, small_groups, rng):
     with simt.audit():
         assert judged(simt, rng) == "right"
@@ -357,27 +336,21 @@ def test_each_planted_bug_is_caught(simt, bug, small_groups, monkeypatch, rng):
 
 # --- what the compiler says -----------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("arch", nvrtc.ARCHS)
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", KINDS)
-def test_every_instance_compiles_spills_nothing_and_uses_tensor_cores(dtype, arch):
-    try:
-        nvrtc._nvrtc()
-    except ImportError as error:
-        pytest.skip(str(error))
+def test_every_instance_compiles_spills_nothing_and_uses_tensor_cores(dtype, arch, wheels):
     sizes = [(*size, feature) for size in ((64, 64), (128, 128), (96, 128), (37, 50), (8, 4)) for feature in (0, 1)
              if launch.tensor_fits(int(arch[3:]), dtype, *size)]
     if not sizes:
         assert (dtype, arch) == ("bfloat16", "sm_75")
         return
-    instances = [(name, launch.THREADS, launch.shared_bytes(kernel, D, M, 4)) for D, M, feature in sizes
-                 for kernel, name in launch.names(dtype, D, M, feature, bool(feature), True).items()]
-    instances = list(dict.fromkeys(instances))
-    for row in nvrtc.cuda_static_table(launch.source(True), instances, [arch]):                          # a warning is a RuntimeError
+    instances = list(dict.fromkeys(x for D, M, feature in sizes for x in launch.instances(dtype, D, M, feature, bool(feature), True)))
+    for row in wheels.cuda_static_table(launch.source(True), instances, [arch]):                          # a warning is a RuntimeError
         assert row["spill_stores"] == row["spill_loads"] == row["stack"] == 0, row
         assert row["blocks"] >= (2 if ", 64, 64," in row["kernel"] and arch != "sm_75" else 1), row
     names = [name for name, *_ in instances if ", 64, 64, 1" in name or ", 128, 128, 1" in name]
-    compiled = nvrtc.nvrtc_compile(launch.source(True), names, arch, ("-std=c++17", *nvrtc.cupy_options()))
-    code = nvrtc.sass(compiled.cubin)
+    compiled = wheels.nvrtc_compile(launch.source(True), names, arch, ("-std=c++17", *wheels.cupy_options()))
+    code = wheels.sass(compiled.cubin)
     for name in names:
         assert [x for x in code[compiled.lowered[name]] if re.search(r"\bHMMA\.\w+\.F32", x)], name
         assert not [x for x in code[compiled.lowered[name]] if re.search(r"\b(ATOM|ATOMG|RED|ATOMS|LDL|STL)\b", x)], name

@@ -21,14 +21,6 @@ from refattn.testing.nvrtc import ARCHS, MULTIPROCESSORS, cuda_static_table, cup
 OPTIONS = ("-std=c++17", *cupy_options())
 
 
-@pytest.fixture(scope="module")
-def wheels():
-    try:
-        nvrtc._nvrtc()
-    except ImportError as error:
-        pytest.skip(str(error))
-
-
 KERNELS = """
 #include <cuda_fp16.h>
 #include <mma.h>

@@ -26,7 +26,11 @@ def occupancy_table(D: int = 64) -> list[dict[str, Any]]:
     """A row for each architecture and kernel: what ptxas says, and how many blocks a multiprocessor holds."""
     from ..testing import nvrtc
     print(f"\nkernels at D = M = {D}, with φ and normaliser\n")
-    rows = [row for dtype in launch.C_TYPES for row in nvrtc.cuda_static_table(launch.source(), launch.instances(dtype, D, D, 1, True))]
+    rows = []
+    for dtype in launch.C_TYPES:
+        for tensor in (False, True):
+            archs = [arch for arch in nvrtc.ARCHS if not tensor or launch.tensor_fits(int(arch[3:]), dtype, D, D)]
+            rows += nvrtc.cuda_static_table(launch.source(tensor), launch.instances(dtype, D, D, 1, True, tensor), archs) if archs else []
     print(nvrtc.format_table(rows))
     return rows
 

@@ -15,6 +15,7 @@ what CUDA limits; `causal_linear_attention` and `recurrence` check the rest.
 from __future__ import annotations
 
 import math
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,17 +45,17 @@ class Tile(NamedTuple):
 
 def source(tensor: bool = False) -> str:
     """`linear.cu`, or `tensor.cu`, with what it includes, as one text for NVRTC. `#line` keeps the names of the files in messages."""
-    here = Path(__file__).parent
-    tiles = (here / "tiles.cuh").read_text(encoding="utf-8").replace("#pragma once\n", "\n")
-    code = (here / "linear.cu").read_text(encoding="utf-8")
-    before, _, after = code.partition('#include "tiles.cuh"\n')
-    line = before.count("\n") + 2
-    linear = f'{before}#line 1 "tiles.cuh"\n{tiles}#line {line} "linear.cu"\n{after}'
-    if not tensor:
-        return linear
-    before, _, after = (here / "tensor.cu").read_text(encoding="utf-8").partition('#include "linear.cu"\n')
-    line = before.count("\n") + 2
-    return f'{before}#line 1 "linear.cu"\n{linear}#line {line} "tensor.cu"\n{after}'
+    return _with_includes("tensor.cu" if tensor else "linear.cu")
+
+
+def _with_includes(name: str) -> str:
+    """A file of this folder, the one include of this folder in it replaced by that file's text."""
+    text = (Path(__file__).parent / name).read_text(encoding="utf-8").replace("#pragma once\n", "\n")
+    for found in re.finditer(r'^#include "([^"]+)"\n', text, flags=re.MULTILINE):
+        before, after = text[:found.start()], text[found.end():]
+        line = before.count("\n") + 2
+        return f'{before}#line 1 "{found[1]}"\n{_with_includes(found[1])}#line {line} "{name}"\n{after}'
+    return text
 
 
 def tile(width: int, columns: int, itemsize: int) -> Tile:
@@ -112,10 +113,12 @@ def tensor_fits(capability: int, dtype: str, D: int, M: int) -> bool:
     return dtype in ("float16", "bfloat16") and max(D, M) <= 128 and capability >= least
 
 
-def instances(dtype: str, D: int, M: int, feature: int, normalised: bool) -> list[tuple[str, int, int]]:
-    """(name expression, threads, dynamic shared memory) of every kernel for one size, those for reading too."""
+def instances(dtype: str, D: int, M: int, feature: int, normalised: bool, tensor: bool = False) -> list[tuple[str, int, int]]:
+    """(name expression, threads, dynamic shared memory) of every kernel in `source(tensor)` for one size, those for reading too."""
     size, flags = 8 if dtype == "float64" else 4, f"{C_TYPES[dtype]}, {D}, {M}, {feature}, {str(normalised).lower()}"
-    launched = [(name, THREADS, shared_bytes(kernel, D, M, size)) for kernel, name in names(dtype, D, M, feature, normalised).items()]
+    launched = [(name, THREADS, shared_bytes(kernel, D, M, size)) for kernel, name in names(dtype, D, M, feature, normalised, tensor).items()]
+    if tensor:
+        return launched
     sequential = [(f"causal_sequential<{flags}>", 64, 0)] if D * size <= 256 else []
     return [*launched, (f"causal_naive<{flags}>", THREADS, 0), *sequential]
 
@@ -166,10 +169,10 @@ def causal_forward(xp: Any, q: Array, k: Array, v: Array, S: Array | None = None
                    normalised: bool = False, scale: float = 1.0, eps: float = 0.0, query_lengths: Array | None = None,
                    key_lengths: Array | None = None, tensor: bool = False) -> tuple[Array, Array, Array, Residuals]:
     """out, S_N, z_N and what the backward needs. `feature`: 0 identity, 1 elu + 1, applied to q and k while they are read.
-    `tensor`: on tensor cores where `tensor_fits` and the arrays start at multiples of 8 bytes. φ(q) and φ(k), and with them the float32 state,
-    then have the precision of the arrays' dtype: see `tensor.cu`.
+    `tensor`: on tensor cores where `tensor_fits`. φ(q) and φ(k), and with them the float32 state, then have the precision of the arrays'
+    dtype, which is why it is not the default: see `tensor.cu`.
 
-    Lengths are int32, one for each head. O(N·D·M) flops; extra memory N / 512 (or 256) states.
+    Lengths are int32, one for each head. O(N·D·M) flops; extra memory a state for each group of positions, see `group_rows`.
     """
     heads, shared, N, D, M, acc = _sizes(q, k, v)
     with _device(xp, q):
@@ -273,7 +276,7 @@ class Kernels(NamedTuple):
 def _kernels(xp: Any, device: int, dtype: str, D: int, M: int, feature: int, normalised: bool, tensor: bool = False) -> Kernels:
     """The compiled instances, once for each device; CuPy keeps what NVRTC made on disk."""
     expressions = names(dtype, D, M, feature, normalised, tensor)
-    module = xp.RawModule(code=source(tensor) if tensor else source(), options=("-std=c++17",), name_expressions=tuple(expressions.values()))
+    module = xp.RawModule(code=source(tensor), options=("-std=c++17",), name_expressions=tuple(expressions.values()))
     functions = {name: module.get_function(expression) for name, expression in expressions.items()}
     for name, function in functions.items():
         needed = shared_bytes(name, D, M, 8 if dtype == "float64" else 4)

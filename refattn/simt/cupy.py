@@ -32,7 +32,7 @@ import numpy as np
 from . import Counts, Module, SimtError, build, dtype_code
 
 float16, float32, float64, int32, int64 = np.float16, np.float32, np.float64, np.int32, np.int64
-bool_, finfo, pi = np.bool_, np.finfo, np.pi
+finfo = np.finfo
 
 # Names that CuPy shares with NumPy and that take and return arrays. cumulative_sum came with a later CuPy than 14.0.
 FUNCTIONS = frozenset("""
@@ -221,10 +221,6 @@ def asarray(x: Any, dtype: Any = None) -> ndarray:
 
 def ascontiguousarray(x: Any) -> ndarray:
     return x if isinstance(x, ndarray) and x._host.flags.c_contiguous else ndarray(_allocated(_unwrapped(x)))
-
-
-def asnumpy(x: ndarray) -> np.ndarray:
-    return x.get()
 
 
 def __getattr__(name: str) -> Any:

@@ -16,9 +16,9 @@ template <class Use, int M, int N, int K, class T, class Layout = void> struct f
 };
 
 template <class T> struct Tile {                                         // element e of a lane lies at [row][col] of the tile in memory
-  static constexpr int run = 16 / sizeof(T), runs = 8 / run, per_row = 16 / run;
-  static int row(int lane, int e) { return (e / run * 32 + lane) / per_row; }
-  static int col(int lane, int e) { return (e / run * 32 + lane) % per_row * run + e % run; }
+  static constexpr int run = sizeof(T) == 2 ? 8 : 2;
+  static int row(int lane, int e) { return run == 8 ? lane % 16 : lane / 4 + e / 2 % 2 * 8; }
+  static int col(int lane, int e) { return run == 8 ? lane / 16 * 8 + e : lane % 4 * 2 + e / 4 * 8 + e % 2; }
 };
 
 template <class T> void check(const T* p, unsigned ld, const char* file, int line) {
@@ -36,7 +36,8 @@ template <bool STORE, class T, class F> SIMT_UNSEEN void move(F& f, T* p, unsign
   for (int e = 0; e < 8; e++) {
     const int row = Tile<std::remove_const_t<T>>::row(lane, e), col = Tile<std::remove_const_t<T>>::col(lane, e);
     T* at = transposed ? p + size_t(col) * ld + row : p + size_t(row) * ld + col;
-    if (transposed || e % (16 / sizeof(T)) == 0) simt::touch(at, transposed ? sizeof(T) : 16, STORE, false, pc);
+    constexpr int run = Tile<std::remove_const_t<T>>::run;
+    if (transposed || e % run == 0) simt::touch(at, (transposed ? 1 : run) * sizeof(T), STORE, false, pc);
     if constexpr (STORE) *at = f.x[e]; else f.x[e] = *at;
   }
 }
