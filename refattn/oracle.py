@@ -103,6 +103,19 @@ def eq15(q: Matrix, k: Matrix, G: Matrix, dS: Matrix) -> Matrix:
     return np.stack([(dS + q[i:].T @ G[i:]).T @ k[i] for i in range(len(q))]) if len(q) else np.zeros_like(G)
 
 
+def gated_delta(q: Matrix, k: Matrix, v: Matrix, g: Matrix | None, beta: Matrix | None, S: Matrix) -> tuple[Matrix, Matrix]:
+    """S_t = P + β_t k_t (v_t - Pᵀ k_t)ᵀ with P = Diag(exp(g_t)) S_{t-1}, o_t = S_tᵀ q_t: the recurrence of all rules, for one head.
+
+    Without g nothing fades, P = S_{t-1}; without β what is written is k_t v_tᵀ. g (N,) or (N, D). Returns (o, S_N)."""
+    out = np.zeros((len(q), v.shape[-1]), v.dtype)
+    for t in range(len(q)):
+        P = S if g is None else np.exp(g[t]) * S if g.ndim == 1 else np.exp(g[t])[:, None] * S
+        write = v[t] if beta is None else beta[t] * (v[t] - P.T @ k[t])
+        S = P + np.outer(k[t], write)
+        out[t] = S.T @ q[t]
+    return out, S
+
+
 # --- the same for whole arrays (..., H, N, D): the signatures of the public functions ----------------------------------------------
 
 def softmax_attention(q: Any, k: Any, v: Any, *, causal: bool = False, scale: Any = None, query_lengths: Any = None,
@@ -157,6 +170,21 @@ def recurrence(q: Any, k: Any, v: Any, state: Any = None, *, scale: Any = 1) -> 
         out[at] = scale * eq9(Q, K, V.astype(dtype), S[_kv(at, q, k)])
     for at in np.ndindex(k.shape[:-2]):
         S_end[at] = eq10(k[at], v[at], S[at])
+    return out, S_end
+
+
+def full_recurrence(q: Any, k: Any, v: Any, g: Any = None, beta: Any = None, state: Any = None, *, scale: Any = 1) -> tuple[Any, Any]:
+    """Rules `gated` (g), `delta` (beta) and `gated_delta` (both), `linear` with neither, as the loop over positions; see
+    `refattn.recurrence`."""
+    q, k, v = _wide(q), _wide(k), _wide(v)
+    g, beta = (None if x is None else _wide(x) for x in (g, beta))
+    dtype = np.result_type(q, k, v, *(_wide(x) for x in (g, beta, state) if x is not None))
+    S = np.zeros((*k.shape[:-2], k.shape[-1], v.shape[-1]), dtype) if state is None else _wide(state).astype(dtype)
+    out, S_end = np.zeros((*q.shape[:-1], v.shape[-1]), dtype), S.copy()
+    for at, Q, K, V in _heads(q, k, v):
+        kv = _kv(at, q, k)
+        o, S_end[kv] = gated_delta(Q, K, V.astype(dtype), *(None if x is None else x[kv] for x in (g, beta)), S[kv])
+        out[at] = scale * o
     return out, S_end
 
 
