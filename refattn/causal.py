@@ -72,14 +72,14 @@ def causal_masked_backward(dout: Array, dstate: Array | None, residuals: Residua
     """
     q, k, v, state = residuals
     xp, (Q, K, V), S, _ = _functional(q, k, v, state)
-    dO, R = _grouped(dout, K, xp), _cotangent_state(dstate, S, xp)
+    dO, R = grouped(dout, K, xp), _cotangent_state(dstate, S, xp)
     keep = xp.arange(Q.shape[-2])[:, None] >= xp.arange(K.shape[-2])
     A, dA = _masked(Q @ transposed(K), keep, xp), _masked(dO @ transposed(V), keep, xp)
     dq = dA @ K + dO @ transposed(S)                     # out = A @ V + Q @ S,  A = tril(Q @ Kᵀ)
     dk = _over_group(transposed(dA) @ Q, xp) + V @ transposed(R)            # A = tril(Q @ Kᵀ),  S_N = S + Kᵀ @ V
     dv = _over_group(transposed(A) @ dO, xp) + K @ R                # out = A @ V,       S_N = S + Kᵀ @ V
     dS = R + _over_group(transposed(Q) @ dO, xp)                    # out = Q @ S,       S_N = S + …
-    return _like(dq, q, xp), _like(dk, k, xp), _like(dv, v, xp), _like_state(dS, state, xp)
+    return like(dq, q, xp), like(dk, k, xp), like(dv, v, xp), _like_state(dS, state, xp)
 
 
 # --- chunked: the fast one ---------------------------------------------------------------------------------------------------------
@@ -325,7 +325,7 @@ def causal_scan_backward(dout: Array, dstate: Array | None, residuals: Residuals
     """
     q, k, v, state, chunk = residuals
     xp, (Q, K, V), S, _ = _functional(q, k, v, state)
-    dO, R = _grouped(dout, K, xp), _cotangent_state(dstate, S, xp)
+    dO, R = grouped(dout, K, xp), _cotangent_state(dstate, S, xp)
     dq, _ = _scan(dO, V, K, transposed(S), chunk, xp)
     # The query heads of a group share their keys: side by side as features, [v | v] · [do_1; do_2] sums over them
     G = Q.shape[-3]
@@ -336,14 +336,14 @@ def causal_scan_backward(dout: Array, dstate: Array | None, residuals: Residuals
         one_k, _ = _scan(Vr, dOr[..., g: g + 1, :, :], Qr[..., g: g + 1, :, :], transposed(zero), chunk, xp)
         one_v, end = _scan(Kr, Qr[..., g: g + 1, :, :], dOr[..., g: g + 1, :, :], zero, chunk, xp)
         dk, dv, dS = dk + one_k, dv + one_v, end if g == 0 else dS + end
-    return (_like(dq, q, xp), _like(xp.flip(dk, axis=-2), k, xp), _like(xp.flip(dv, axis=-2), v, xp), _like_state(dS, state, xp))
+    return (like(dq, q, xp), like(xp.flip(dk, axis=-2), k, xp), like(xp.flip(dv, axis=-2), v, xp), _like_state(dS, state, xp))
 
 
 def _scan(Q: Array, K: Array, V: Array, S: Array, C: int, xp: Any) -> tuple[Array, Array]:
     """f(q, k, v; S) and the final state, for arrays (..., G, N, D), S (..., 1, D, M)."""
     N, M = Q.shape[-2], V.shape[-1]
     T = max(-(-N // C), 1)
-    Qc, Kc, Vc = (_in_chunks(x, T, C, xp) for x in (Q, K, V))                            # (..., G, T, C, D)
+    Qc, Kc, Vc = (in_chunks(x, T, C, xp) for x in (Q, K, V))                            # (..., G, T, C, D)
     A = _masked(Qc @ transposed(Kc), xp.arange(C)[:, None] >= xp.arange(C), xp)
     own = transposed(Kc) @ Vc                                                                    # each chunk's own Kᵀ V
     after = xp.concat([S[..., None, :, :], S[..., None, :, :] + _running_sum(own, xp)], axis=-3)
@@ -423,32 +423,32 @@ def _functional(q: Array, k: Array, v: Array,
                 state: Array | None) -> tuple[Any, tuple[Array, Array, Array], Array, Callable[[Array], Array]]:
     """Namespace; q, k, v as (..., H, G, N, D) in the accumulator dtype; S as (..., H, 1, D, M); the way back to out's shape and dtype."""
     xp = namespace(q=q, k=k, v=v)
-    K, V = _widen(k)[..., None, :, :], _widen(v)[..., None, :, :]
-    Q = _grouped(q, K, xp)
+    K, V = widen(k)[..., None, :, :], widen(v)[..., None, :, :]
+    Q = grouped(q, K, xp)
     S = (xp.zeros_like(transposed(K[..., :1, :]) * V[..., :1, :]) if K.shape[-2] else
-         xp.zeros((*K.shape[:-2], K.shape[-1], V.shape[-1]), dtype=V.dtype)) if state is None else _widen(state)[..., None, :, :]
-    return xp, (Q, K, V), S, lambda out: _like(out, q, xp, width=v.shape[-1])
+         xp.zeros((*K.shape[:-2], K.shape[-1], V.shape[-1]), dtype=V.dtype)) if state is None else widen(state)[..., None, :, :]
+    return xp, (Q, K, V), S, lambda out: like(out, q, xp, width=v.shape[-1])
 
 
-def _grouped(x: Array, K: Array, xp: Any) -> Array:
+def grouped(x: Array, K: Array, xp: Any) -> Array:
     """(..., G·H, N, D) as (..., H, G, N, D), beside keys K (..., H, 1, N, D)."""
-    x = _widen(x)
+    x = widen(x)
     if x.ndim == 2:
         return x[None]
     return xp.reshape(x, (*x.shape[:-3], K.shape[-4], x.shape[-3] // max(K.shape[-4], 1), *x.shape[-2:]))
 
 
-def _widen(x: Array) -> Array:
+def widen(x: Array) -> Array:
     return cast(x, accumulator(x.dtype))
 
 
-def _like(y: Array, x: Array, xp: Any, width: int | None = None) -> Array:
+def like(y: Array, x: Array, xp: Any, width: int | None = None) -> Array:
     """y (..., H, G, N, D) with x's shape and dtype (the last axis may differ)."""
     return cast(xp.reshape(y, (*x.shape[:-1], x.shape[-1] if width is None else width)), x.dtype)
 
 
 def _like_state(dS: Array, state: Array | None, xp: Any) -> Array:
-    return _squeeze(dS) if state is None else _like(_squeeze(dS), state, xp)
+    return _squeeze(dS) if state is None else like(_squeeze(dS), state, xp)
 
 
 def _squeeze(S: Array) -> Array:
@@ -456,7 +456,7 @@ def _squeeze(S: Array) -> Array:
 
 
 def _cotangent_state(dstate: Array | None, S: Array, xp: Any) -> Array:
-    return xp.zeros_like(S) if dstate is None else _widen(dstate)[..., None, :, :]
+    return xp.zeros_like(S) if dstate is None else widen(dstate)[..., None, :, :]
 
 
 def _over_group(x: Array, xp: Any) -> Array:
@@ -467,7 +467,7 @@ def _masked(scores: Array, keep: Array, xp: Any) -> Array:
     return xp.where(keep, scores, xp.zeros_like(scores))
 
 
-def _in_chunks(x: Array, T: int, C: int, xp: Any) -> Array:
+def in_chunks(x: Array, T: int, C: int, xp: Any) -> Array:
     """(..., N, D) as (..., T, C, D), with zeros behind the last position."""
     missing = T * C - x.shape[-2]
     if missing:

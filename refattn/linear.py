@@ -14,7 +14,7 @@ import numpy as np
 
 from ._array import Array, transposed
 from ._blocks import Reader, blocks
-from .causal import Residuals, Side, _cotangent_state, _functional, _grouped, _like, _like_state, _over_group, _positions, _squeeze
+from .causal import Residuals, Side, _cotangent_state, _functional, _like_state, _over_group, _positions, _squeeze, grouped, like
 
 BLOCK = 256    # positions at a time; nothing here is quadratic in it
 
@@ -43,12 +43,12 @@ def linear_backward(dout: Array, dstate: Array | None, residuals: Residuals) -> 
     """
     q, k, v, state = residuals
     xp, (Q, K, V), S, _ = _functional(q, k, v, state)
-    dO, R = _grouped(dout, K, xp), _cotangent_state(dstate, S, xp)
+    dO, R = grouped(dout, K, xp), _cotangent_state(dstate, S, xp)
     S = S + transposed(K) @ V
     dq = dO @ transposed(S)                              # O = Q @ S
     R = R + _over_group(transposed(Q) @ dO, xp)          # O = Q @ S
     dk, dv = V @ transposed(R), K @ R                    # S = S_0 + Kᵀ @ V
-    return _like(dq, q, xp), _like(dk, k, xp), _like(dv, v, xp), _like_state(R, state, xp)
+    return like(dq, q, xp), like(dk, k, xp), like(dv, v, xp), _like_state(R, state, xp)
 
 
 def full_product(read_k: Reader, read_v: Reader, S: np.ndarray, size: tuple[int, int, int, int, int], chunk: int = BLOCK, *,

@@ -1,0 +1,227 @@
+"""How the rules with a gate or a delta go from chunk to chunk: states in between, blocks of chunks on the CPU, all chunks at once elsewhere.
+
+A rule gives two functions of chunks, arrays (..., G, T, C, width) and states (..., 1, D, M):
+
+    forward(xp, states, S, Q, K, V, …)       -> O, S_end                Q None: only S_end
+    backward(xp, states, S, R, dO, Q, K, V, …) -> dS, dQ, dK, dV, …     R the cotangent of S_end
+
+and this file runs them over a whole sequence. Between chunks every rule is affine, S_{c+1} = move_c S_c + add_c, with a diagonal (W, 1) or a
+matrix (D, D) for move_c; `states` gives S before each chunk, or with reverse=True R behind each chunk, R_{c-1} = move_cᵀ R_c + add_c.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ._array import Array, accumulator, check_positive, namespace, transposed
+from ._blocks import BUFFER_BYTES, blocks, split_groups
+from .causal import each_stack, grouped, in_chunks, like, widen
+
+Residuals = tuple[Any, ...]
+States = Callable[..., tuple[Array, Array]]
+Forward = Callable[..., tuple[Any, Array]]
+Backward = Callable[..., tuple[Array, ...]]
+
+CHUNK = 64         # a power of two: of 32, 64, 128 the fastest for D = M = 64 in float32
+PARTS = 16         # in which the backward cuts a sequence, and each part again, until a part is a block: the states that it holds
+
+
+# --- states between chunks ------------------------------------------------------------------------------------------------------------
+
+def states_one_by_one(move: np.ndarray, add: np.ndarray, S: np.ndarray, *, reverse: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """S before each of T chunks (..., T, D, M), and behind the last; see the top of this file."""
+    seen, diagonal = np.empty_like(add), move.shape[-1] == 1
+    if reverse and not diagonal:
+        move = transposed(move)
+    for c in reversed(range(add.shape[-3])) if reverse else range(add.shape[-3]):
+        seen[..., c, :, :] = S
+        S = (np.multiply if diagonal else np.matmul)(move[..., c, :, :], S)
+        S += add[..., c, :, :]
+    return seen, S
+
+
+def states_by_doubling(move: Array, add: Array, S: Array, *, reverse: bool = False) -> tuple[Array, Array]:
+    """The same without a loop over chunks: after log₂ T rounds each chunk has the composition of all that lie before it."""
+    xp, diagonal = namespace(add=add), move.shape[-1] == 1
+
+    def apply(m: Array, x: Array) -> Array:
+        return m * x if diagonal else m @ x
+
+    if reverse:
+        move, add = xp.flip(move if diagonal else transposed(move), axis=-3), xp.flip(add, axis=-3)
+    T, shift = add.shape[-3], 1
+    add = xp.concat([apply(move[..., :1, :, :], S[..., None, :, :]) + add[..., :1, :, :], add[..., 1:, :, :]], axis=-3)
+    while shift < T:
+        add = xp.concat([add[..., :shift, :, :], apply(move[..., shift:, :, :], add[..., :-shift, :, :]) + add[..., shift:, :, :]], axis=-3)
+        move = xp.concat([move[..., :shift, :, :], apply(move[..., shift:, :, :], move[..., :-shift, :, :])], axis=-3)
+        shift *= 2
+    seen = xp.concat([S[..., None, :, :], add[..., :-1, :, :]], axis=-3)
+    return (xp.flip(seen, axis=-3) if reverse else seen), add[..., -1, :, :]
+
+
+# --- NumPy: blocks of chunks, stacks of heads --------------------------------------------------------------------------------------------
+
+def chunked_forward(forward: Forward, q: np.ndarray, k: np.ndarray, v: np.ndarray, more: Sequence[np.ndarray | None],
+                    state: np.ndarray | None, chunk: int) -> tuple[np.ndarray, np.ndarray, Residuals]:
+    """out, the final state and residuals. `more`: what the rule has beside q, k and v, (..., H, N) or (..., H, N, D); None stays None."""
+    chunk = check_chunk(chunk)
+    out = np.empty((*q.shape[:-1], v.shape[-1]), v.dtype)
+    end = _start(k, v, state)
+
+    def work(Q: Any, O: Any, S: Any, *inputs: Any) -> None:
+        for rows in blocks(Q.shape[2], _rows_at_once(Q, O, chunk, S)):
+            o, S[:, None] = forward(np, states_one_by_one, S[:, None], *(_load(x, rows, chunk, S) for x in (Q, *inputs)))
+            _store(O, rows, o)
+
+    each_stack(work, end, chunk, *_views(k, q, out), end, *_views(k, k, v, *more))
+    return out, end, (q, k, v, more, state, chunk)
+
+
+def chunked_backward(forward: Forward, backward: Backward, dout: np.ndarray, dstate: np.ndarray | None,
+                     residuals: Residuals) -> tuple[Any, ...]:
+    """dq, dk, dv, d of `more`, dstate0: block by block from the end. The state before a block is made from that before its part of the
+    sequence, which is made from … at most PARTS states are held for each power of PARTS in the number of blocks."""
+    q, k, v, more, state, chunk = residuals
+    inputs = (q, k, v, *more)
+    gradients = [None if x is None else np.empty(x.shape, x.dtype) for x in inputs]
+    S, R = _start(k, v, state), _start(k, v, dstate)
+    n = len(inputs)
+
+    def work(Q: Any, dO: Any, S: Any, R: Any, *arrays: Any) -> None:
+        X, dX = (Q, *arrays[: n - 1]), arrays[n - 1:]
+        size = _rows_at_once(Q, dO, chunk, S)
+
+        def advance(rows: slice, S: np.ndarray) -> np.ndarray:
+            for part in blocks(rows.stop - rows.start, size):
+                here = slice(rows.start + part.start, rows.start + part.stop)
+                S = forward(np, states_one_by_one, S, None, *(_load(x, here, chunk, S) for x in X[1:]))[1]
+            return S
+
+        def back(rows: slice, S: np.ndarray, R: np.ndarray) -> np.ndarray:
+            """R before `rows` from R behind them; S is the state before them."""
+            count = -(-(rows.stop - rows.start) // size)
+            if count <= 1:
+                R, *d = backward(np, states_one_by_one, S, R, *(_load(x, rows, chunk, S) for x in (dO, *X)))
+                for to, x in zip(dX, d, strict=True):
+                    _store(to, rows, x)
+                return R
+            step = size * max(-(-count // PARTS), PARTS ** max(_power(count) - 1, 0))
+            parts = [slice(a, min(a + step, rows.stop)) for a in range(rows.start, rows.stop, step)]
+            before = [S]
+            for part in parts[:-1]:
+                before.append(advance(part, before[-1]))
+            for part in reversed(parts):
+                R = back(part, before.pop(), R)
+            return R
+
+        if Q.shape[2]:
+            R[:, None] = back(slice(0, Q.shape[2]), S[:, None], R[:, None])
+
+    each_stack(work, S, chunk, *_views(k, q, dout), S, R, *_views(k, *inputs[1:], *gradients))
+    return (*gradients, R)
+
+
+def _power(count: int) -> int:
+    """The least p with PARTS^p ≥ count."""
+    p = 0
+    while PARTS**p < count:
+        p += 1
+    return p
+
+
+def _start(k: np.ndarray, v: np.ndarray, state: np.ndarray | None) -> np.ndarray:
+    S = np.zeros((*k.shape[:-2], k.shape[-1], v.shape[-1]), accumulator(v.dtype))
+    if state is not None:
+        S[...] = state
+    return S
+
+
+def _views(k: np.ndarray, *arrays: np.ndarray | None) -> list[np.ndarray | None]:
+    """(..., G·H, N, W) as (..., H, G, N, W); (..., H, N) with a last axis of one."""
+    headed = k.ndim > 2
+    return [None if x is None else split_groups(x if x.ndim == k.ndim else x[..., None], k.shape[-3] if headed else 1, headed)
+            for x in arrays]
+
+
+def _rows_at_once(Q: np.ndarray, O: np.ndarray, C: int, S: np.ndarray) -> int:
+    heads, G = Q.shape[:2]
+    D, M = S.shape[-2:]
+    per_chunk = (G + 1) * C * (4 * (D + M) + 2 * C) + 3 * D * (D + M)
+    return C * max(BUFFER_BYTES // (heads * per_chunk * S.itemsize), 1)
+
+
+def _load(x: np.ndarray | None, rows: slice, C: int, S: np.ndarray) -> np.ndarray | None:
+    """Positions `rows` of (h, G, N, W) as chunks (h, G, T, C, W) in S's dtype; zeros behind the last."""
+    if x is None:
+        return None
+    h, G, N, W = x.shape
+    rows = slice(rows.start, min(rows.stop, N))
+    n = rows.stop - rows.start
+    T = -(-n // C)
+    if n == T * C:
+        return x[:, :, rows].reshape(h, G, T, C, W).astype(S.dtype, copy=False)
+    padded = np.zeros((h, G, T * C, W), S.dtype)
+    padded[:, :, :n] = x[:, :, rows]
+    return padded.reshape(h, G, T, C, W)
+
+
+def _store(to: np.ndarray | None, rows: slice, x: np.ndarray) -> None:
+    if to is not None:
+        n = min(rows.stop, to.shape[2]) - rows.start
+        np.copyto(to[:, :, rows], x.reshape(*x.shape[:2], -1, x.shape[-1])[:, :, :n], casting="same_kind")
+
+
+# --- the array API: all chunks at once ----------------------------------------------------------------------------------------------------
+
+def scan_forward(forward: Forward, q: Array, k: Array, v: Array, more: Sequence[Array | None], state: Array | None,
+                 chunk: int) -> tuple[Array, Array, Residuals]:
+    """`chunked_forward` as one block, its states by doubling."""
+    chunk = check_chunk(chunk)
+    xp, inputs, S = _functional(q, k, v, more, state, chunk)
+    out, end = forward(xp, states_by_doubling, S, *inputs)
+    return _rows(out, q, q.shape[-2], xp, v.shape[-1]), end[..., 0, :, :], (q, k, v, more, state, chunk)
+
+
+def scan_backward(backward: Backward, dout: Array, dstate: Array | None, residuals: Residuals) -> tuple[Any, ...]:
+    """`chunked_backward` as one block."""
+    q, k, v, more, state, chunk = residuals
+    xp, inputs, S = _functional(q, k, v, more, state, chunk)
+    R = xp.zeros_like(S) if dstate is None else widen(dstate)[..., None, :, :]
+    dS, *d = backward(xp, states_by_doubling, S, R, in_chunks(grouped(dout, widen(k)[..., None, :, :], xp), *_cut(q, chunk), xp), *inputs)
+    return (*(None if x is None else _rows(y, x, q.shape[-2], xp) for x, y in zip((q, k, v, *more), d, strict=True)), dS[..., 0, :, :])
+
+
+def _cut(q: Array, C: int) -> tuple[int, int]:
+    return max(-(-q.shape[-2] // C), 1), C
+
+
+def _functional(q: Array, k: Array, v: Array, more: Sequence[Array | None], state: Array | None,
+                C: int) -> tuple[Any, list[Array | None], Array]:
+    """Namespace; q, k, v and more as (..., H, G, T, C, W) in the accumulator dtype; S as (..., H, 1, D, M)."""
+    xp = namespace(q=q, k=k, v=v)
+    K = widen(k)[..., None, :, :]
+    flat = [grouped(q, K, xp), K, *(None if x is None else widen(x if x.ndim == k.ndim else x[..., None])[..., None, :, :]
+                                    for x in (v, *more))]
+    S = (xp.zeros((*K.shape[:-2], K.shape[-1], v.shape[-1]), dtype=K.dtype) if state is None else widen(state)[..., None, :, :])
+    return xp, [None if x is None else in_chunks(x, *_cut(q, C), xp) for x in flat], S
+
+
+def _rows(y: Array, x: Array, N: int, xp: Any, width: int | None = None) -> Array:
+    """Chunks (..., H, G, T, C, W) as N rows, with x's shape and dtype (the last axis may differ)."""
+    return like(xp.reshape(y, (*y.shape[:-3], y.shape[-3] * y.shape[-2], y.shape[-1]))[..., :N, :], x, xp, width)
+
+
+# --- small things -------------------------------------------------------------------------------------------------------------------------
+
+def check_chunk(chunk: int) -> int:
+    chunk = check_positive("chunk", chunk)
+    if chunk & (chunk - 1):
+        raise ValueError(f"chunk: expected a power of two, got {chunk}")
+    return chunk
+
+
+def per_decay(x: Array, g: Array, xp: Any) -> Array:
+    """What all channels (..., D) receive, as the decays have it: their sum where one decay serves all."""
+    return x if x.shape[-1] == g.shape[-1] else xp.sum(x, axis=-1, keepdims=True)

@@ -1,0 +1,186 @@
+"""Decays inside a chunk, as products of a_s = exp(g_s), and the scores that they weaken; shared by `gated` and `delta`.
+
+    A_tj = Σ_d x_td k_jd Π_{j<s≤t} a_sd        for j ≤ t, else 0
+
+A difference of cumulated logarithms would give the same product, until one of them is -inf, or so large that the small differences are lost.
+Here nothing is ever subtracted and nothing divided: a chunk is cut in halves, halves in quarters, …, and for t in the right and j in the left
+half of a pair the product is split at the border between them,
+
+    Π_{j<s≤t} a_s = behind_j · before_t        behind_j: after j to the end of the left half, before_t: from the start of the right half to t
+
+so that all pairs of two halves are one matrix product, and a factor that is 0 (g = -inf) is only a 0. Each product of m factors is made by
+m - 1 multiplications in the order of a binary tree: off by 2m roundings or less.
+
+**Backward** without subtraction too: what a decay's logarithm receives from a product is the product times its cotangent, so
+
+    dg_s = Σ over all products p that contain a_s of p · dp
+
+and the sums over t ≥ s (for before) and j < s (for behind) run down the same tree.
+
+Arrays are cut into chunks: (..., T, C, D) with C a power of two; a (..., T, C, W) with W = 1 for a scalar decay, W = D for one per channel.
+"""
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ._array import Array, transposed
+
+Halves = tuple[Array, Array]
+
+
+class Decays(NamedTuple):
+    """Products of a over parts of each chunk.
+
+    pairs: for blocks of s = 1, 2, …, C/2, two and two: before (..., T, C/2s, s, W) of the right ones, behind of the left ones.
+    before (..., T, C, W): Π_{s≤t}, what the state before the chunk has become at t. behind (..., T, C, W): Π_{s>t}, what a write at t has
+    become behind the chunk. whole (..., T, W, 1): Π over the chunk.
+    """
+
+    pairs: list[Halves]
+    before: Array
+    behind: Array
+    whole: Array
+
+
+def decays(a: Array, xp: Any) -> Decays:
+    """All products of a (..., T, C, W) that a chunk needs: C·log₂ C multiplications a channel."""
+    before = whole = a[..., None, :]                                              # blocks of one position: (..., T, C, 1, W)
+    behind = xp.ones_like(before)
+    pairs = []
+    while before.shape[-3] > 1:
+        (b, b_right), (e_left, e), (w_left, w_right) = _halves(before), _halves(behind), _halves(whole)
+        pairs.append((b_right, e_left))
+        before, behind = xp.concat([b, w_left * b_right], axis=-2), xp.concat([e_left * w_right, e], axis=-2)
+        whole = w_left * w_right
+    return Decays(pairs, before[..., 0, :, :], behind[..., 0, :, :], transposed(whole[..., 0, :, :]))
+
+
+def decays_backward(dpairs: list[Halves], dbefore: Array, dbehind: Array, dwhole: Array, xp: Any) -> Array:
+    """dg (..., T, C, W) from what the logarithms of all products receive: the tree from the root down. Shapes as in `Decays`, dwhole (..., T, 1, W)."""
+    B, E, w = dbefore[..., None, :, :], dbehind[..., None, :, :], dwhole[..., None, :, :]
+    for b_right, e_left in reversed(dpairs):
+        s = b_right.shape[-2]
+        w_left = w + xp.sum(B[..., s:, :], axis=-2, keepdims=True)                # before of the right half = w_left · before inside it
+        w_right = w + xp.sum(E[..., :s, :], axis=-2, keepdims=True)               # behind of the left half = behind inside it · w_right
+        B = _interleaved(B[..., :s, :], B[..., s:, :] + b_right, xp)
+        E = _interleaved(E[..., :s, :] + e_left, E[..., s:, :], xp)
+        w = _interleaved(w_left, w_right, xp)
+    return (B + w)[..., 0, :]
+
+
+def pair_scores(X: Array, K: Array, a: Decays | None, xp: Any) -> Array:
+    """A (..., T, C, C) of x (..., T, C, D) and k; without decays the lower triangle of X Kᵀ."""
+    if a is None:
+        return _lower(X @ transposed(K), xp)
+    if a.before.shape[-1] == 1 < X.shape[-1]:                                     # one decay for all channels: drawn out of the sum
+        one = xp.ones_like(a.before)
+        return _lower(X @ transposed(K), xp) * pair_scores(one, one, a, xp)
+    A = xp.sum(X * K, axis=-1)[..., None, None]                                   # s = 1: (..., T, C, 1, 1)
+    for before, behind in a.pairs:
+        off = (_right(X, before, xp) * before) @ transposed(_left(K, behind, xp) * behind)
+        A = _joined(A, off, xp)
+    return A[..., 0, :, :]
+
+
+def pair_scores_backward(dA: Array, A: Array, X: Array, K: Array, a: Decays | None, xp: Any) -> tuple[Array, Array, list[Halves]]:
+    """dX, dK and what the logarithms of the decays in `pairs` receive. X (..., G, T, C, D) may have more heads than K (..., 1, T, C, D): dK
+    and the decays take the sum over them. Of dA only j ≤ t is read."""
+    if a is None or a.before.shape[-1] == 1 < X.shape[-1]:
+        weights = None
+        dA = _lower(dA, xp)
+        if a is not None:
+            one = xp.ones_like(a.before)
+            dlog = over_group(dA * A, xp)
+            weights = [(xp.sum(off, axis=-1, keepdims=True), transposed(xp.sum(off, axis=-2, keepdims=True))) for off in _below(dlog, xp)[0]]
+            dA = dA * pair_scores(one, one, a, xp)
+        return dA @ K, over_group(transposed(dA) @ X, xp), weights or []
+    offs, diagonal = _below(dA, xp)
+    dX, dK = ((diagonal * y)[..., None, :] for y in (K, X))                       # blocks of one position
+    dK, dpairs = over_group(dK, xp, blocks=True), []
+    for off, (before, behind) in zip(offs, a.pairs, strict=True):
+        right, left = _right(X, before, xp) * before, _left(K, behind, xp) * behind
+        dright, dleft = off @ left, over_group(transposed(off) @ right, xp, blocks=True)
+        dpairs.append((over_group(right * dright, xp, blocks=True), left * dleft))
+        (x, x_right), (k_left, k) = _halves(dX), _halves(dK)
+        dX = xp.concat([x, x_right + dright * before], axis=-2)
+        dK = xp.concat([k_left + dleft * behind, k], axis=-2)
+    return dX[..., 0, :, :], dK[..., 0, :, :], dpairs
+
+
+def unit_lower_inverse(L: Array, xp: Any) -> Array:
+    """T = (I + L)⁻¹ for the strictly lower triangle of L (..., C, C), C a power of two, by halves:
+
+        [I + L₁    0  ]⁻¹   [      T₁         0 ]
+        [  B    I + L₂]   = [ -T₂ B T₁        T₂]
+    """
+    offs, diagonal = _below(L, xp)
+    T = xp.ones_like(diagonal)[..., None]                                         # blocks of one position: (..., C, 1, 1)
+    for off in offs:
+        left, right = _halves(T)
+        T = _joined(T, -(right @ off @ left), xp)
+    return T[..., 0, :, :]
+
+
+def strictly_lower(A: Array, xp: Any) -> Array:
+    i = xp.arange(A.shape[-1])
+    return xp.where(i[:, None] > i, A, xp.zeros_like(A))
+
+
+def times(x: Array, p: Array | None) -> Array:
+    """x weakened by p; by nothing where there is no decay."""
+    return x if p is None else x * p
+
+
+# --- blocks of a chunk --------------------------------------------------------------------------------------------------------------
+
+def _halves(x: Array) -> Halves:
+    """(..., n, s, ·) as its even and its odd blocks."""
+    return x[..., 0::2, :, :], x[..., 1::2, :, :]
+
+
+def _left(x: Array, like: Array, xp: Any) -> Array:
+    """The left blocks, of the size that `like` (..., n, s, ·) has, of x (..., C, D)."""
+    return _blocked(x, like, xp)[..., 0::2, :, :]
+
+
+def _right(x: Array, like: Array, xp: Any) -> Array:
+    return _blocked(x, like, xp)[..., 1::2, :, :]
+
+
+def _blocked(x: Array, like: Array, xp: Any) -> Array:
+    return xp.reshape(x, (*x.shape[:-2], 2 * like.shape[-3], like.shape[-2], x.shape[-1]))
+
+
+def _interleaved(left: Array, right: Array, xp: Any) -> Array:
+    """(..., n, s, ·) twice as (..., 2n, s, ·): left, right, left, right, …"""
+    both = xp.stack([left, right], axis=-3)
+    return xp.reshape(both, (*both.shape[:-4], 2 * both.shape[-4], *both.shape[-2:]))
+
+
+def _joined(A: Array, off: Array, xp: Any) -> Array:
+    """Blocks on the diagonal (..., n, s, s) and those below them (..., n/2, s, s) as blocks (..., n/2, 2s, 2s)."""
+    left, right = _halves(A)
+    return xp.concat([xp.concat([left, xp.zeros_like(off)], axis=-1), xp.concat([off, right], axis=-1)], axis=-2)
+
+
+def _below(A: Array, xp: Any) -> tuple[list[Array], Array]:
+    """The lower triangle of A (..., C, C) taken apart: blocks (..., C/2s, s, s) below the diagonal for s = 1, 2, …, C/2, and the diagonal
+    (..., C, 1). The reverse of `_joined`."""
+    offs, A = [], A[..., None, :, :]
+    while A.shape[-1] > 1:
+        s = A.shape[-1] // 2
+        offs.append(A[..., s:, :s])
+        A = _interleaved(A[..., :s, :s], A[..., s:, s:], xp)
+    return offs[::-1], A[..., 0]
+
+
+def _lower(A: Array, xp: Any) -> Array:
+    """Not a product with 0: a hidden score may have overflowed."""
+    i = xp.arange(A.shape[-1])
+    return xp.where(i[:, None] >= i, A, xp.zeros_like(A))
+
+
+def over_group(x: Array, xp: Any, *, blocks: bool = False) -> Array:
+    """The sum over the G axis of (..., G, T, C, ·), or of (..., G, T, n, s, ·)."""
+    axis = -5 if blocks else -4
+    return x if x.shape[axis] == 1 else xp.sum(x, axis=axis, keepdims=True)

@@ -1,0 +1,137 @@
+"""Rule `gated`: the causal sum with a state that fades, and its transpose.
+
+    S_t = Diag(a_t) S_{t-1} + k_t v_tᵀ,   a_t = exp(g_t)          o_t = S_tᵀ q_t
+
+One decay per head (g (..., H, N): RetNet, Lightning, Mamba-2) or one per key channel (g (..., H, N, D): GLA, RWKV-6). Written out,
+
+    o_t = S_0ᵀ (b_t ⊙ q_t) + Σ_{j≤t} A_tj v_j          A_tj = Σ_d q_td k_jd Π_{j<s≤t} a_sd,   b_t = Π_{s≤t} a_s
+
+and for a chunk of C positions, S_0 being the state before it and e_j = Π_{s>j} a_s what a write has become behind it,
+
+    O = A V + (b ⊙ Q) S_0          S_C = Diag(b_C) S_0 + (e ⊙ K)ᵀ V
+
+| form    | function        | cost per head, flops                          | memory beyond inputs and outputs         | arrays    |
+|---------|-----------------|-----------------------------------------------|------------------------------------------|-----------|
+| masked  | gated_masked_*  | 2·N²·(D + M)                                  | N²                                       | array API |
+| chunked | gated_chunked_* | 4·N·D·M + 2·N·C·(D + M), C·log₂ C decays      | a block of chunks, 16 states · log₁₆ N   | NumPy     |
+| scan    | gated_scan_*    | as chunked, and log₂(N/C) sums of all states  | all of it, N·D·M / C                     | array API |
+| step    | gated_step      | 5·D·M per position                            | D·M                                      | array API |
+
+**Backward** of a chunk, R being the cotangent of the state behind it:
+
+    dV  = Aᵀ dO + (e ⊙ K) R                                                           O = A V + …,        S_C = … + (e ⊙ K)ᵀ V
+    dA  = tril(dO Vᵀ)                                                                 O = A V
+    dQ  = b ⊙ dO S_0ᵀ + (A's)                                                         O = … + (b ⊙ Q) S_0
+    dK  = e ⊙ V Rᵀ + (A's)                                                            S_C = … + (e ⊙ K)ᵀ V
+    dS_0 = Diag(b_C) R + (b ⊙ Q)ᵀ dO                                                  O, S_C
+    d log b = (b ⊙ Q) ⊙ dO S_0ᵀ,   d log e = (e ⊙ K) ⊙ V Rᵀ,   d log b_C = b_C ⊙ Σ_m S_0 ⊙ R          then dg: see `decay`
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ._array import Array, transposed
+from .chunks import CHUNK, Residuals, States, chunked_backward, chunked_forward, per_decay, scan_backward, scan_forward
+from .decay import decays, decays_backward, over_group, pair_scores, pair_scores_backward
+
+# --- all chunks of a block at once: arrays (..., G, T, C, D), g (..., 1, T, C, W), S (..., 1, D, M) -----------------------------------
+
+def _forward(xp: Any, states: States, S: Array, Q: Array | None, K: Array, V: Array, g: Array) -> tuple[Array | None, Array]:
+    """O and the state behind the last chunk; without Q only the state."""
+    p = decays(xp.exp(g), xp)
+    before, end = states(p.whole, transposed(p.behind * K) @ V, S)
+    return None if Q is None else pair_scores(Q, K, p, xp) @ V + (p.before * Q) @ before, end
+
+
+def _backward(xp: Any, states: States, S: Array, R: Array, dO: Array, Q: Array, K: Array, V: Array, g: Array) -> tuple[Array, ...]:
+    """dS_0, dQ, dK, dV, dg. The states before the chunks are made once more."""
+    p = decays(xp.exp(g), xp)
+    bQ, eK, A = p.before * Q, p.behind * K, pair_scores(Q, K, p, xp)
+    before, _ = states(p.whole, transposed(eK) @ V, S)
+    behind, dS = states(p.whole, over_group(transposed(bQ) @ dO, xp), R, reverse=True)
+    dV = over_group(transposed(A) @ dO, xp) + eK @ behind
+    dbQ, deK = dO @ transposed(before), V @ transposed(behind)
+    dQ, dK, dpairs = pair_scores_backward(dO @ transposed(V), A, Q, K, p, xp)
+    dg = decays_backward(dpairs, per_decay(over_group(bQ * dbQ, xp), g, xp), per_decay(eK * deK, g, xp),
+                         per_decay(transposed(xp.sum(p.whole * before * behind, axis=-1, keepdims=True)), g, xp), xp)
+    return dS, dQ + p.before * dbQ, dK + p.behind * deK, dV, dg
+
+
+# --- the forms ------------------------------------------------------------------------------------------------------------------------
+
+def gated_chunked_forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.ndarray, state: np.ndarray | None = None, *,
+                          chunk: int = CHUNK) -> tuple[np.ndarray, np.ndarray, Residuals]:
+    """o_t = S_tᵀ q_t, S_t = Diag(exp(g_t)) S_{t-1} + k_t v_tᵀ, a chunk at a time.
+
+    Parameters
+    ----------
+    q : (..., G·H, N, D)
+    k : (..., H, N, D)
+    v : (..., H, N, M)
+    g : (..., H, N) or (..., H, N, D)
+        Log decay, one for each head or for each key channel. 0 keeps the state, -inf forgets it.
+    state : (..., H, D, M), optional
+        S_0, what preceded position 0; zeros if None.
+    chunk : int
+        Positions per chunk, C, a power of two. Changes the order of summation, never the meaning.
+
+    Returns
+    -------
+    out : (..., G·H, N, M)
+    state : (..., H, D, M)
+    residuals : tuple
+        For `gated_chunked_backward`: the inputs, nothing more.
+
+    Raises
+    ------
+    ValueError, TypeError
+        "chunk: expected a power of two, got 48".
+
+    Notes
+    -----
+    Sums and products of decays are in the accumulator dtype (float32 for float16 and bfloat16). Shapes are not checked here: `recurrence`
+    does.
+
+    >>> q = k = v = np.ones((4, 1))
+    >>> gated_chunked_forward(q, k, v, np.log([1, 0.5, 0.5, 0.5]), chunk=2)[0].ravel()
+    array([1.   , 1.5  , 1.75 , 1.875])
+    """
+    return chunked_forward(_forward, q, k, v, (g,), state, chunk)
+
+
+def gated_chunked_backward(dout: np.ndarray, dstate: np.ndarray | None, residuals: Residuals) -> tuple[np.ndarray, ...]:
+    """Transpose of `gated_chunked_forward` (see the top of this file): dq, dk, dv, dg, dstate0, each of its array's shape and dtype.
+
+    The states before the chunks are made once more, block by block from the end; at most 16 are held for each power of 16 in the number of
+    blocks.
+
+    >>> q = k = v = np.ones((2, 1)); *_, residuals = gated_chunked_forward(q, k, v, np.log([1, 0.5]))
+    >>> [d.ravel() for d in gated_chunked_backward(np.array([[0.0], [1.0]]), None, residuals)]
+    [array([0. , 1.5]), array([0.5, 1. ]), array([0.5, 1. ]), array([0. , 0.5]), array([0.5])]
+    """
+    return chunked_backward(_forward, _backward, dout, dstate, residuals)
+
+
+def gated_scan_forward(q: Array, k: Array, v: Array, g: Array, state: Array | None = None, *,
+                       chunk: int = CHUNK) -> tuple[Array, Array, Residuals]:
+    """`gated_chunked_forward` for all chunks at once, without a loop over them: log₂(N/C) sums of pairs of states.
+
+    Only functions of the array API, no assignment: JAX and others can trace it, CuPy runs it. Holds some arrays of N rows and N/C states.
+
+    >>> q = k = v = np.ones((4, 1))
+    >>> gated_scan_forward(q, k, v, np.log([1, 0.5, 0.5, 0.5]), chunk=2)[0].ravel()
+    array([1.   , 1.5  , 1.75 , 1.875])
+    """
+    return scan_forward(_forward, q, k, v, (g,), state, chunk)
+
+
+def gated_scan_backward(dout: Array, dstate: Array | None, residuals: Residuals) -> tuple[Array, ...]:
+    """Transpose of `gated_scan_forward`; see `gated_chunked_backward`.
+
+    >>> q = k = v = np.ones((2, 1)); *_, residuals = gated_scan_forward(q, k, v, np.log([1, 0.5]))
+    >>> gated_scan_backward(np.array([[0.0], [1.0]]), None, residuals)[3]
+    array([0. , 0.5])
+    """
+    return scan_backward(_backward, dout, dstate, residuals)
