@@ -32,7 +32,8 @@ from typing import Any
 
 import numpy as np
 
-from ._array import Array, transposed
+from ._array import Array, namespace, transposed
+from .causal import causal_step, causal_step_backward
 from .chunks import CHUNK, Residuals, States, chunked_backward, chunked_forward, per_decay, scan_backward, scan_forward
 from .decay import decays, decays_backward, over_group, pair_scores, pair_scores_backward
 
@@ -135,3 +136,41 @@ def gated_scan_backward(dout: Array, dstate: Array | None, residuals: Residuals)
     array([0. , 0.5])
     """
     return scan_backward(_backward, dout, dstate, residuals)
+
+
+# --- step: one position ---------------------------------------------------------------------------------------------------------------
+
+def gated_step(state: Array, q_t: Array, k_t: Array, v_t: Array, g_t: Array) -> tuple[Array, Array]:
+    """One position: P = Diag(exp(g)) S, S ← P + k vᵀ, o = Sᵀ q. g_t (..., H) or (..., H, D); `state` (..., H, D, M) is left as it was.
+
+    >>> state, one = np.zeros((1, 1)), np.ones(1)
+    >>> for _ in range(3): out, state = gated_step(state, one, one, one, np.log(0.5 * one))
+    >>> out
+    array([1.75])
+    """
+    return causal_step(fade(state, g_t), q_t, k_t, v_t)
+
+
+def gated_step_backward(dout_t: Array, dstate: Array, state: Array, q_t: Array, k_t: Array, v_t: Array, g_t: Array) -> tuple[Array, ...]:
+    """Transpose of `gated_step`; returns dstate0, dq_t, dk_t, dv_t, dg_t. `state` is the one that the step was given.
+
+    dP, dq, dk, dv are those of rule `linear` with the state P; then dS_0 = Diag(a) dP, dg = Σ_m P ⊙ dP.
+
+    >>> one = np.ones(1)
+    >>> [float(x.item()) for x in gated_step_backward(one, np.zeros((1, 1)), 4 * np.ones((1, 1)), one, one, one, np.log(0.5 * one))]
+    [0.5, 3.0, 1.0, 1.0, 2.0]
+    """
+    P = fade(state, g_t)
+    dP, dq, dk, dv = causal_step_backward(dout_t, dstate, P, q_t, k_t, v_t)
+    return fade(dP, g_t), dq, dk, dv, fade_backward(dP, P, g_t)
+
+
+def fade(state: Array, g_t: Array) -> Array:
+    """Diag(exp(g)) S."""
+    a = namespace(g_t=g_t).exp(g_t)
+    return (a[..., None] if g_t.ndim == state.ndim - 1 else a[..., None, None]) * state
+
+
+def fade_backward(dP: Array, P: Array, g_t: Array) -> Array:
+    """dg = Σ P ⊙ dP, over m, and over the channels that share a decay."""
+    return namespace(dP=dP).sum(P * dP, axis=-1 if g_t.ndim == P.ndim - 1 else (-2, -1))

@@ -1,0 +1,219 @@
+"""Rules `delta` and `gated_delta`: what is written is what the state does not know yet; and their transpose.
+
+    P_t = Diag(a_t) S_{t-1},   u_t = β_t (v_t - P_tᵀ k_t),   S_t = P_t + k_t u_tᵀ,   a_t = exp(g_t)          o_t = S_tᵀ q_t
+
+Rule `delta` (DeltaNet) has a = 1; `gated_delta` has one decay per head (Gated DeltaNet) or one per key channel (KDA). Given the u_t this is
+rule `gated` with u for v. Within a chunk, with b, e and the scores A of `gated`, and the same scores B of K with K for j < t,
+
+    u_t = β_t (v_t - S_0ᵀ (b_t ⊙ k_t) - Σ_{j<t} B_tj u_j)         (I + Diag(β) B) U = Diag(β) (V - (b ⊙ K) S_0)
+
+a triangular system. With T = (I + Diag(β) B)⁻¹ (the WY representation of a product of I - β k kᵀ)
+
+    U = U_0 - W S_0,   U_0 = T Diag(β) V,   W = T Diag(β) (b ⊙ K)
+    O = A U + (b ⊙ Q) S_0          S_C = Diag(b_C) S_0 + (e ⊙ K)ᵀ U = [Diag(b_C) - (e ⊙ K)ᵀ W] S_0 + (e ⊙ K)ᵀ U_0
+
+| form    | function        | cost per head, flops                                  | memory beyond inputs and outputs        | arrays            |
+|---------|-----------------|-------------------------------------------------------|-----------------------------------------|-------------------|
+| chunked | delta_chunked_* | 2·N·(D² + 2·D·M + …) + 2·N·C·(3·D + 2·M + C)          | a block of chunks, 16 states · log₁₆ N  | NumPy             |
+| scan    | delta_scan_*    | as chunked, and log₂(N/C) products of D × D matrices  | all of it, N·D·(D + M) / C              | array API, object |
+| masked  | scan, one chunk | 2·N²·(2·D + 2·M) + N³                                 | N²                                      | array API, object |
+| step    | delta_step      | 7·D·M per position                                    | D·M                                     | array API, object |
+
+**Backward** of a chunk, R being the cotangent of the state behind it. Z = Diag(β) (V - (b ⊙ K) S_0) is the right side, U = T Z:
+
+    dU = Aᵀ dO + (e ⊙ K) R                                                        O = A U + …,   S_C = … + (e ⊙ K)ᵀ U
+    dZ = Tᵀ dU                                                                    U = T Z: the transposed system, solved by the same T
+    dV = Diag(β) dZ,   d(b ⊙ K) = -dV S_0ᵀ,   dS_0 = … - (b ⊙ K)ᵀ dV              Z
+    dB = tril(-dV Uᵀ, -1)                                                         (I + Diag(β) B) U = Z: d(Diag(β) B) = -dZ Uᵀ
+    dβ_t = dZ_t · (v_t - S_0ᵀ (b_t ⊙ k_t) - Σ_{j<t} B_tj u_j)                     Z and Diag(β) B
+    dA = tril(dO Uᵀ),   d(e ⊙ K) = U Rᵀ,   d(b ⊙ Q) = dO S_0ᵀ                      as in `gated`
+    dS_0 = [Diag(b_C) - (e ⊙ K)ᵀ W]ᵀ R + (b ⊙ Q)ᵀ dO - Wᵀ Σ Aᵀ dO                 the same, with dU and dV put in
+
+T is made by halves from products of blocks, not by a general solver: entry by entry its error is within a small multiple of |T| |I + β B| |T|. For keys
+of length 1 and β ≤ 1 that stays small; where β |k|² > 2 a write overshoots more than it corrects, and state and error grow without limit.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ._array import Array, namespace, transposed
+from .causal import causal_step, causal_step_backward
+from .chunks import CHUNK, Residuals, States, chunked_backward, chunked_forward, per_decay, scan_backward, scan_forward
+from .decay import (Decays, decays, decays_backward, over_group, pair_scores, pair_scores_backward, strictly_lower, times,
+                    unit_lower_inverse)
+from .gated import fade, fade_backward
+
+# --- all chunks of a block at once: arrays (..., G, T, C, D), g (..., 1, T, C, W), beta (..., 1, T, C, 1), S (..., 1, D, M) ------------
+
+
+def _forward(xp: Any, states: States, S: Array, Q: Array | None, K: Array, V: Array, g: Array | None,
+             beta: Array) -> tuple[Array | None, Array]:
+    """O and the state behind the last chunk; without Q only the state."""
+    p, X, scores = _scores(xp, Q, K, g)
+    U0, W, move, add = _system(xp, K, V, beta, p, strictly_lower(scores[..., -1:, :, :, :], xp))[1:]
+    before, end = states(move, add, S)
+    if Q is None:
+        return None, end
+    U = U0 - W @ before
+    return scores[..., :-1, :, :, :] @ U + times(Q, p and p.before) @ before, end
+
+
+def _backward(xp: Any, states: States, S: Array, R: Array, dO: Array, Q: Array, K: Array, V: Array, g: Array | None,
+              beta: Array) -> tuple[Array | None, ...]:
+    """dS_0, dQ, dK, dV, dg, dbeta. The states before the chunks are made once more."""
+    p, X, scores = _scores(xp, Q, K, g)
+    A, B = scores[..., :-1, :, :, :], strictly_lower(scores[..., -1:, :, :, :], xp)
+    T, U0, W, move, add = _system(xp, K, V, beta, p, B)
+    before, _ = states(move, add, S)
+    U, bQ, bK, eK = U0 - W @ before, times(Q, p and p.before), times(K, p and p.before), times(K, p and p.behind)
+
+    near = over_group(transposed(A) @ dO, xp)
+    behind, dS = states(move, over_group(transposed(bQ) @ dO, xp) - transposed(W) @ near, R, reverse=True)
+    dZ = transposed(T) @ (near + eK @ behind)
+    dV = beta * dZ
+    dbeta = xp.sum(dZ * (V - bK @ before - B @ U), axis=-1, keepdims=True)
+    dbQ, dbK, deK = dO @ transposed(before), -(dV @ transposed(before)), U @ transposed(behind)
+    dscores = xp.concat([dO @ transposed(U), strictly_lower(-(dV @ transposed(U)), xp)], axis=-4)
+    dX, dK, dpairs = pair_scores_backward(dscores, scores, X, K, p, xp)
+    dQ, dK = dX[..., :-1, :, :, :], dK + dX[..., -1:, :, :, :]
+    if p is None:
+        return dS, dQ + dbQ, dK + dbK + deK, dV, None, dbeta
+    dg = decays_backward(dpairs, per_decay(over_group(bQ * dbQ, xp) + bK * dbK, g, xp), per_decay(eK * deK, g, xp),
+                         per_decay(transposed(xp.sum(p.whole * before * behind, axis=-1, keepdims=True)), g, xp), xp)
+    return dS, dQ + p.before * dbQ, dK + p.before * dbK + p.behind * deK, dV, dg, dbeta
+
+
+def _scores(xp: Any, Q: Array | None, K: Array, g: Array | None) -> tuple[Decays | None, Array, Array]:
+    """Decays, [Q; K] side by side along G, and the scores of both with K: A for each query head, and last the one whose strict triangle is B."""
+    p = None if g is None else decays(xp.exp(g), xp)
+    X = K if Q is None else xp.concat([Q, K], axis=-4)
+    return p, X, pair_scores(X, K, p, xp)
+
+
+def _system(xp: Any, K: Array, V: Array, beta: Array, p: Decays | None, B: Array) -> tuple[Array, Array, Array, Array, Array]:
+    """T, U_0, W, and the chunk's map of states: move and add."""
+    T = unit_lower_inverse(beta * B, xp)
+    U0, W, eK = T @ (beta * V), T @ (beta * times(K, p and p.before)), transposed(times(K, p and p.behind))
+    one = xp.eye(K.shape[-1], dtype=K.dtype)
+    return T, U0, W, (one if p is None else one * p.whole) - eK @ W, eK @ U0
+
+
+# --- the forms ------------------------------------------------------------------------------------------------------------------------
+
+def delta_chunked_forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.ndarray | None, beta: np.ndarray,
+                          state: np.ndarray | None = None, *, chunk: int = CHUNK) -> tuple[np.ndarray, np.ndarray, Residuals]:
+    """o_t = S_tᵀ q_t, S_t = P_t + β_t k_t (v_t - P_tᵀ k_t)ᵀ, P_t = Diag(exp(g_t)) S_{t-1}, a chunk at a time.
+
+    Parameters
+    ----------
+    q : (..., G·H, N, D)
+    k : (..., H, N, D)
+    v : (..., H, N, M)
+    g : None, (..., H, N) or (..., H, N, D)
+        Log decay: none (rule `delta`), one for each head or one for each key channel. 0 keeps the state, -inf forgets it.
+    beta : (..., H, N)
+        How much of the error v - Pᵀ k is written.
+    state : (..., H, D, M), optional
+        S_0, what preceded position 0; zeros if None.
+    chunk : int
+        Positions per chunk, C, a power of two. Changes the order of summation, never the meaning.
+
+    Returns
+    -------
+    out : (..., G·H, N, M)
+    state : (..., H, D, M)
+    residuals : tuple
+        For `delta_chunked_backward`: the inputs, nothing more.
+
+    Raises
+    ------
+    ValueError, TypeError
+        "chunk: expected a power of two, got 48".
+
+    Notes
+    -----
+    Sums and products of decays are in the accumulator dtype (float32 for float16 and bfloat16). Shapes are not checked here: `recurrence`
+    does.
+
+    >>> k, v, beta = np.array([[1.0, 0], [0, 1], [1, 0]]), np.array([[1.0], [2], [5]]), np.ones(3)
+    >>> delta_chunked_forward(k, k, v, None, beta, chunk=2)[1].ravel()      # the last value under each key
+    array([5., 2.])
+    """
+    return chunked_forward(_forward, q, k, v, (g, beta), state, chunk)
+
+
+def delta_chunked_backward(dout: np.ndarray, dstate: np.ndarray | None, residuals: Residuals) -> tuple[Any, ...]:
+    """Transpose of `delta_chunked_forward` (see the top of this file): dq, dk, dv, dg, dbeta, dstate0; dg is None where g was.
+
+    The states before the chunks are made once more, block by block from the end; at most 16 are held for each power of 16 in the number of
+    blocks.
+
+    >>> one = np.ones((2, 1)); *_, residuals = delta_chunked_forward(one, one, one, None, np.array([0.5, 0.5]))
+    >>> delta_chunked_backward(np.array([[0.0], [1.0]]), None, residuals)[4]
+    array([0.5, 0.5])
+    """
+    return chunked_backward(_forward, _backward, dout, dstate, residuals)
+
+
+def delta_scan_forward(q: Array, k: Array, v: Array, g: Array | None, beta: Array, state: Array | None = None, *,
+                       chunk: int = CHUNK) -> tuple[Array, Array, Residuals]:
+    """`delta_chunked_forward` for all chunks at once, without a loop over them: log₂(N/C) products of pairs of D × D maps.
+
+    Only functions of the array API, no assignment: JAX and others can trace it, CuPy runs it. Object arrays of `fractions.Fraction` give
+    exact results where g is None. Holds some arrays of N rows and N/C maps and states.
+
+    >>> one = np.ones((3, 1))
+    >>> delta_scan_forward(one, one, one, None, np.array([0.5, 0.5, 0.5]), chunk=2)[0].ravel()
+    array([0.5  , 0.75 , 0.875])
+    """
+    return scan_forward(_forward, q, k, v, (g, beta), state, chunk)
+
+
+def delta_scan_backward(dout: Array, dstate: Array | None, residuals: Residuals) -> tuple[Any, ...]:
+    """Transpose of `delta_scan_forward`; see `delta_chunked_backward`.
+
+    >>> one = np.ones((2, 1)); *_, residuals = delta_scan_forward(one, one, one, None, np.array([0.5, 0.5]))
+    >>> delta_scan_backward(np.array([[0.0], [1.0]]), None, residuals)[4]
+    array([0.5, 0.5])
+    """
+    return scan_backward(_backward, dout, dstate, residuals)
+
+
+# --- step: one position ---------------------------------------------------------------------------------------------------------------
+
+def delta_step(state: Array, q_t: Array, k_t: Array, v_t: Array, g_t: Array | None, beta_t: Array) -> tuple[Array, Array]:
+    """One position: P = Diag(exp(g)) S, u = β (v - Pᵀ k), S ← P + k uᵀ, o = Sᵀ q. `state` (..., H, D, M) is left as it was.
+
+    >>> state, one = np.zeros((1, 1)), np.ones(1)
+    >>> for _ in range(3): out, state = delta_step(state, one, one, one, None, np.array(0.5))
+    >>> out
+    array([0.875])
+    """
+    P = state if g_t is None else fade(state, g_t)
+    return causal_step(P, q_t, k_t, beta_t[..., None] * _error(P, k_t, v_t))
+
+
+def delta_step_backward(dout_t: Array, dstate: Array, state: Array, q_t: Array, k_t: Array, v_t: Array, g_t: Array | None,
+                        beta_t: Array) -> tuple[Any, ...]:
+    """Transpose of `delta_step`; returns dstate0, dq_t, dk_t, dv_t, dg_t (None where g_t was), dbeta_t.
+
+    With the error e = v - Pᵀ k: dP, dq, dk, du are those of rule `linear` with the state P and the value u = β e; then
+    dβ = du · e,   de = β du,   dv = de,   dP -= k deᵀ,   dk -= P de,   and P's gradient goes on to S and g as in `gated`.
+
+    >>> one = np.ones(1)
+    >>> [float(x.item()) for x in delta_step_backward(one, np.zeros((1, 1)), 3 * np.ones((1, 1)), one, one, one, one - 1, one / 2)]
+    [0.5, 2.0, -2.5, 0.5, 1.5, -2.0]
+    """
+    P = state if g_t is None else fade(state, g_t)
+    e = _error(P, k_t, v_t)
+    dP, dq, dk, du = causal_step_backward(dout_t, dstate, P, q_t, k_t, beta_t[..., None] * e)
+    dbeta, dv = namespace(du=du).sum(du * e, axis=-1), beta_t[..., None] * du
+    dP, dk = dP - k_t[..., :, None] * dv[..., None, :], dk - (P @ dv[..., None])[..., 0]
+    return (dP, dq, dk, dv, None, dbeta) if g_t is None else (fade(dP, g_t), dq, dk, dv, fade_backward(dP, P, g_t), dbeta)
+
+
+def _error(P: Array, k_t: Array, v_t: Array) -> Array:
+    """v - Pᵀ k."""
+    return v_t - (k_t[..., None, :] @ P)[..., 0, :]
