@@ -191,6 +191,14 @@ def check_cotangent(name: str, d: Array, like: Array) -> None:
         raise TypeError(f"{name} is {dtype_name(d)} and its output is {dtype_name(like)}; cast the cotangent, nothing is cast silently")
 
 
+def check_wide_dtype(name: str, x: Array, q: Array) -> None:
+    """States, decays and the like have the accumulator dtype; that of the inputs is taken too (it loses nothing)."""
+    given, inputs = dtype_name(x), dtype_name(q)
+    wide = "float32" if inputs in ("float16", "bfloat16") else inputs
+    if given not in (inputs, wide):
+        raise TypeError(f"{name} is {given} and q is {inputs}: expected {name} in {wide}; nothing is cast silently")
+
+
 def check_positive(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}: expected an integer ≥ 1, got {value!r}")

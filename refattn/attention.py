@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ._array import (Array, Axes, accumulator, cast, check_cotangent, check_dtypes, check_lengths, check_number, check_qkv, check_shape,
-                     dtype_name, namespace)
+                     check_wide_dtype, dtype_name, namespace)
 from ._blocks import Reader, reader, real_rows, split_groups
 from .causal import (CHUNK, Store, causal_scan_backward, causal_scan_forward, causal_step, causal_step_backward, each_stack,
                      running_product, sizes, writer)
@@ -560,18 +560,9 @@ def _check_state(state: Any, q: Array, axes: Axes, F: int) -> State:
     symbols = "(..., H, F, M)" if axes.headed else "(F, M)"
     check_shape("state.S", state.S, symbols, (*axes.kv_lead, F, axes.M), "k, v and the feature map give these sizes")
     check_shape("state.z", state.z, symbols.replace(", M", ""), (*axes.kv_lead, F), "k and the feature map give these sizes")
-    check_state_dtype(state.S, q, "state.S")
-    check_state_dtype(state.z, q, "state.z")
+    check_wide_dtype("state.S", state.S, q)
+    check_wide_dtype("state.z", state.z, q)
     return state
-
-
-def check_state_dtype(S: Array, q: Array, name: str = "state") -> None:
-    """A state has the accumulator dtype; that of the inputs is taken too (it loses nothing)."""
-    given, inputs = dtype_name(S), dtype_name(q)
-    if given != inputs:
-        wide = "float32" if inputs in ("float16", "bfloat16") else inputs
-        if given != wide:
-            raise TypeError(f"{name} is {given} and q is {inputs}: expected a state in {wide}; nothing is cast silently")
 
 
 def _numpy_accumulator(x: Array) -> np.dtype:

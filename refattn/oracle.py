@@ -183,7 +183,7 @@ def full_recurrence(q: Any, k: Any, v: Any, g: Any = None, beta: Any = None, sta
     out, S_end = np.zeros((*q.shape[:-1], v.shape[-1]), dtype), S.copy()
     for at, Q, K, V in _heads(q, k, v):
         kv = _kv(at, q, k)
-        o, S_end[kv] = gated_delta(Q, K, V.astype(dtype), *(None if x is None else x[kv] for x in (g, beta)), S[kv])
+        o, S_end[kv] = gated_delta(Q, K, V.astype(dtype), None if g is None else g[kv], None if beta is None else beta[kv], S[kv])
         out[at] = scale * o
     return out, S_end
 

@@ -90,8 +90,8 @@ def test_no_sequences_at_all():
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"rule": "linaer"}, "rule: expected one of 'linear', got 'linaer'"),
-    ({"rule": None}, "rule: expected one of 'linear', got None"),
+    ({"rule": "linaer"}, "rule: expected one of 'linear', 'gated', 'delta', 'gated_delta', got 'linaer'"),
+    ({"rule": None}, "rule: expected one of 'linear', 'gated', 'delta', 'gated_delta', got None"),
     ({"g": np.zeros((2, 5))}, "g: rule 'linear' has no g, got an array; leave it None"),
     ({"beta": np.zeros((2, 5))}, "beta: rule 'linear' has no beta"),
     ({"scale": np.inf}, "scale: expected a finite number, got inf"),
@@ -113,7 +113,7 @@ def test_bad_options_are_explained(changes, words):
     ({"scale": "1"}, "scale: expected a number, got str"),
     ({"scale": True}, "scale: expected a number, got bool"),
     ({"cu_seqlens": [0.0, 5.0]}, "cu_seqlens: expected integers, got float64"),
-    ({"state": np.zeros((2, 3, 4), np.float32)}, "state is float32 and q is float64: expected a state in float64; nothing is cast silently"),
+    ({"state": np.zeros((2, 3, 4), np.float32)}, "state is float32 and q is float64: expected state in float64; nothing is cast silently"),
     ({"state": [[0.0]]}, "state: expected a NumPy or CuPy array, got list"),
 ])
 def test_wrong_types_are_explained(changes, words):
