@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from ._array import Array, Axes, accumulator, cast, check_cotangent, check_dtypes, check_number, check_qkv, check_shape, check_wide_dtype, namespace, on_host
+from ._array import Array, Axes, accumulator, cast, check_cotangent, check_dtypes, check_number, check_qkv, check_shape,
+                     check_wide_dtype, namespace, on_host
 from .attention import Pullback, has_kernels
 from .causal import (causal_chunked_backward, causal_chunked_forward, causal_scan_backward, causal_scan_forward, causal_step,
                      causal_step_backward)
@@ -207,18 +208,9 @@ def recurrence_step_vjp(q_t: Array, k_t: Array, v_t: Array, g_t: Array | None = 
 def _forms(xp: Any, axes: Axes, rule: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The fast form for NumPy arrays, our kernels for CuPy arrays and rule `linear`, the loop-free form for all others:
     forward(q, k, v, g, beta, state) -> out, state, residuals; backward(dout, dstate, residuals) -> dq, dk, dv, dg, dbeta, dstate0."""
-    if rule in ("delta", "gated_delta"):
-        return (delta_chunked_forward, delta_chunked_backward) if xp is np else (delta_scan_forward, delta_scan_backward)
-    of: Callable[..., Any]
-    back: Callable[..., Any]
-    if rule == "gated":
-        of, back = (gated_chunked_forward, gated_chunked_backward) if xp is np else (gated_scan_forward, gated_scan_backward)
-    elif xp is np:
-        of, back = causal_chunked_forward, causal_chunked_backward
-    elif has_kernels(xp, axes.D, axes.M):
-        of, back = _kernels(xp)
-    else:
-        of, back = causal_scan_forward, causal_scan_backward
+    of, back = _with_own_inputs(xp, axes, rule)
+    if "beta" in RULES[rule]:
+        return of, back
 
     def forward(q: Array, k: Array, v: Array, g: Array | None, beta: None, S: Array | None) -> Any:
         return of(q, k, v, *(() if g is None else (g,)), S)
@@ -228,6 +220,17 @@ def _forms(xp: Any, axes: Axes, rule: str) -> tuple[Callable[..., Any], Callable
         return dq, dk, dv, dg[0] if dg else None, None, dstart
 
     return forward, backward
+
+
+def _with_own_inputs(xp: Any, axes: Axes, rule: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The same with the rule's own signature: only `delta` takes g and beta, present or not."""
+    if "beta" in RULES[rule]:
+        return (delta_chunked_forward, delta_chunked_backward) if xp is np else (delta_scan_forward, delta_scan_backward)
+    if rule == "gated":
+        return (gated_chunked_forward, gated_chunked_backward) if xp is np else (gated_scan_forward, gated_scan_backward)
+    if xp is np:
+        return causal_chunked_forward, causal_chunked_backward
+    return _kernels(xp) if has_kernels(xp, axes.D, axes.M) else (causal_scan_forward, causal_scan_backward)
 
 
 def _kernels(xp: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
