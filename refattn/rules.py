@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from ._array import Array, Axes, accumulator, cast, check_cotangent, check_dtypes, check_number, check_qkv, check_shape,
-                     check_wide_dtype, namespace, on_host
+from ._array import (Array, Axes, accumulator, cast, check_cotangent, check_dtypes, check_number, check_qkv, check_shape, check_wide_dtype,
+                     namespace, on_host)
 from .attention import Pullback, has_kernels
 from .causal import (causal_chunked_backward, causal_chunked_forward, causal_scan_backward, causal_scan_forward, causal_step,
                      causal_step_backward)
