@@ -153,7 +153,7 @@ def device_report(cp: Any = None, lengths: Sequence[int] = (1024, 4096, 16384, 6
                 except Exception as error:                                       # a peer's fault, want of memory too, costs its own row only
                     if c.name == OURS:
                         raise
-                    print(f"{N:8}   {c.name}: not timed: {error}")
+                    print(f"{N:8}   {c.name}: not timed: {type(error).__name__}: {error}")
                     continue
                 floor = floor or (forward, both)
                 rows.append({"dtype": dtype.name, "N": N, "heads": heads, "D": D, "contestant": c.name, "forward": forward, "both": both,
