@@ -41,13 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", action="store_true", help="only the CUDA kernels, on a GPU: times")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--json", metavar="FILE", help="write all figures there too")
+    parser.add_argument("--figure", metavar="FILE", help="with --device: draw its times there (PNG, SVG or PDF)")
     args = parser.parse_args(argv)
+    if args.figure and not args.device:
+        parser.error("--figure: expected --device beside it; only its times are drawn")
     if args.smoke:
         args.lengths, args.features, args.seconds, args.heads = [64, 128], [8], 0.01, 2
     if args.cuda_static or args.device:
         from .cuda.bench import device_report, static_report
-        return _written(args.json, static_report() if args.cuda_static else device_report(lengths=tuple(args.lengths), heads=args.heads,
-                                                                                         D=args.features[0]))
+        return _written(args.json, static_report() if args.cuda_static else
+                        device_report(lengths=args.lengths, heads=args.heads, D=args.features[0], figure=args.figure))
     peers = _peers()
     print(f"{_processor()}, {cores()} cores, Python {platform.python_version()}, NumPy {np.__version__}; "
           f"peers: {', '.join(peers) or 'none installed'}; float32, B·H = {args.heads}; {time.strftime('%Y-%m-%d')}")

@@ -1,8 +1,6 @@
 """The CUDA kernels, run on the CPU by `refattn.simt`: the public functions on (stand-in) CuPy arrays obey the laws of the NumPy ones."""
 from __future__ import annotations
 
-import sys
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ from hypothesis import strategies as st
 
 from refattn import State, causal_linear_attention, causal_linear_attention_step, linear_attention, oracle, recurrence, softmax_attention, vjp
 from refattn.causal import causal_masked_backward, causal_masked_forward
-from refattn.cuda import bench, launch
+from refattn.cuda import launch
 from refattn.softmax import softmax_step
 from refattn.testing import budgets, laws
 from refattn.testing.softmax_budget import softmax_forward_budget
@@ -244,21 +242,6 @@ def test_shared_memory_is_exactly_what_the_kernels_use(simt, rng):
             with cp.audit(), pytest.raises(RuntimeError, match="out of bounds"):
                 _, pullback = vjp(causal_linear_attention, q, k, v)
                 pullback(dout)
-
-
-def test_the_bench_on_a_device_checks_before_it_times(simt, monkeypatch, capsys):
-    report = bench.device_report(simt, lengths=(40,), heads=2, D=16, repeats=2)
-    (row,) = report["device"]
-    assert row["ratio"] < 1 and {"forward", "both", "array", "copy 2", "copy 6"} <= set(row) and "error / bound" in capsys.readouterr().out
-    monkeypatch.setattr(bench, "_worst_ratio", lambda *a: 1.5)
-    with pytest.raises(RuntimeError, match="N = 40: the result is 1.5 times its bound off; nothing is timed"):
-        bench.device_report(simt, lengths=(40,), heads=2, D=16)
-
-
-def test_without_cupy_the_bench_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(ImportError, match="cuda13x"):
-        bench.device_report()
 
 
 @few

@@ -10,7 +10,7 @@ from refattn.testing import budgets
 
 FORWARD, BACKWARD = ("group_states", "scan_states", "group_outputs"), None
 SYNC = "__syncthreads();\n"
-KEYS = "return number<D, FEATURE>(kh, j, a, real_k); },\n      [&](int, int j, int c) { return number<M>(vh"
+KEYS = "return number<D, FEATURE>(kh, j, a, real_k); },\n      [&](int, int j, int c, const A*) { return number<M>(vh"
 SCORES = "const int row = t / H, col = t % H;\n        A score[2][2] = {};\n        dot_rows<H, H, WP, LD, LD>(xs, ys, row, col, score);"
 STATE = "* groups + g.nth) * STATE_SIZE<D, M>;\n  const T *qh = q + g.head * N * D, *kh = k + kv * N * D, *vh = v + kv * N * M;\n"
 
@@ -28,6 +28,8 @@ PLANTED = {
         "sum += ys[j * LDY + t] * e[j];\n    " + SYNC, "sum += ys[j * LDY + t] * e[j];\n", FORWARD, "race"),
     "dden read before it is there": (
         "      e(start, xs, es);\n      " + SYNC, "      e(start, xs, es);\n", BACKWARD, "race"),
+    "no barrier before the first chunk of a group's costate": (
+        "  if (NORM && TRANSPOSE) " + SYNC, "", BACKWARD, "race"),
     "every block of columns writes 1 / den": (
         "if (column == 0 && c == 0) inv[", "if (c == 0) inv[", FORWARD, "blocks run in any order"),
     "the state is not loaded": ("  S0(state);\n", "", FORWARD, "uninitialised"),
@@ -51,6 +53,7 @@ PLANTED = {
     "queries behind their length are read": ("(qh, i, a, real_q); },", "(qh, i, a, N); },", FORWARD, "NaN"),
     "φ' of the wrong side": ("else return x > 0 ? A(1) : exp(x);", "else return x < 0 ? A(1) : exp(x);", BACKWARD, "wrong"),
     "the normaliser's path is forgotten": ("sum -= xs[r * STRIDE<M> + a]", "sum += 0 * xs[r * STRIDE<M> + a]", BACKWARD, "wrong"),
+    "all heads of a key take the first one's 1 / den": ("      if (g + 1 < shared) read_inv(g + 1, start);\n", "", BACKWARD, "wrong"),
     "the group's heads are not summed": ("g < shared; ++g) more += own", "g < 1; ++g) more += own", BACKWARD, "wrong"),
     "the mask of the forward in the backward": ("(REVERSE ? b < a : b > a)", "(b > a)", BACKWARD, "wrong"),
 }

@@ -82,15 +82,15 @@ def both_at_once(D: int, M: int, itemsize: int) -> bool:
 
 
 def both_bytes(D: int, M: int, itemsize: int) -> int:
-    """Shared memory of group_dk_dv: k, q, v, G, the state, two sets of scores, and two rows of numbers."""
+    """Shared memory of group_dk_dv: k, q, v, G, the state, two sets of scores, and three rows of numbers."""
     wide_d, wide_m, C = _up(D, 32), _up(M, 32), BOTH_ROWS
-    return (2 * C * (wide_d + wide_m + 8) + wide_d * (wide_m + 4) + 2 * C * (C + C // 2) + wide_d + C) * itemsize
+    return (2 * C * (wide_d + wide_m + 8) + wide_d * (wide_m + 4) + 2 * C * (C + C // 2) + wide_d + 2 * C) * itemsize
 
 
 def state_bytes(width: int, tile: Tile, itemsize: int) -> int:
-    """Shared memory of group_states: y, z, and one number a row."""
+    """Shared memory of group_states: y, z, and two numbers a row."""
     C, columns = tile
-    return (C * (_up(width, 32) + 4) + C * (columns + 4 if columns < 32 else columns) + C) * itemsize
+    return (C * (_up(width, 32) + 4) + C * (columns + 4 if columns < 32 else columns) + 2 * C) * itemsize
 
 
 def tensor_bytes(kernel: str, D: int, M: int) -> int:

@@ -22,7 +22,8 @@
 // Arrays are contiguous: q, dq (heads, N, D), k, dk (heads / shared, N, D), v, dv (heads / shared, N, M), out, do (heads, N, M); `shared`
 // query heads read one key and value head. States are Sum<T>: for each head and group D·M numbers of S, then D of the key sum z, and up to 3
 // more, so that each state starts at a multiple of 16 bytes.
-// C positions at a time, VT columns of v (of k for dq and dk) for each block. FEATURE: 0 identity, 1 elu + 1. NORM: with the normaliser. Rows behind a length count as absent: not read, zeros where they are written.
+// C positions at a time, VT columns of v (of k for dq and dk) for each block. FEATURE: 0 identity, 1 elu + 1. NORM: with the normaliser. Rows behind a
+// length count as absent: not read, zeros where they are written.
 #include "tiles.cuh"
 
 // --- φ and what else is done to a number on its way in or out -------------------------------------------------------------------------
@@ -55,10 +56,10 @@ template <int W, int FEATURE = 0, typename T> __device__ __forceinline__ Sum<T> 
   return i < real && c < W ? phi<FEATURE>(Sum<T>(widen(rows[(long long)i * W + c]))) : Sum<T>(0);
 }
 
-// G without its last column: do / (den + ε), with `inv` 1 / (den + ε)
+// G without its last column: do / (den + ε), with `inv` at 1 / (den + ε) of row i in shared memory, where a row's is read once for all its numbers
 template <int M, bool NORM, typename T> __device__ __forceinline__ Sum<T> cotangent(const T* dout, const Sum<T>* inv, int i, int c, int real) {
   const Sum<T> x = number<M>(dout, i, c, real);
-  return NORM && i < real ? x * inv[i] : x;
+  return NORM ? x * *inv : x;
 }
 
 // Four numbers of dx = by·φ'(x) ⊙ o, zeros in a row that is not real
@@ -193,11 +194,14 @@ __global__ void __launch_bounds__(THREADS, 2) group_states(const T* __restrict__
   typedef Sum<T> A;
   extern __shared__ __align__(16) unsigned char bytes[];
   constexpr int LDY = STRIDE<D>, LDZ = WIDE<VT>, TILES = up(D, 4) / 4 * (VT / 4), EACH = (TILES + THREADS - 1) / THREADS;
-  A *ys = reinterpret_cast<A*>(bytes), *zs = ys + C * LDY, *e = zs + C * LDZ;
+  A *ys = reinterpret_cast<A*>(bytes), *zs = ys + C * LDY, *e = zs + C * LDZ, *invs = e + C;
   const Group g(groups, rows, N);
   const int column = blockIdx.y * VT, real = real_rows(lengths, g.head, N), last = min(g.last, real), t = threadIdx.x;
   const T *yh = y + g.head * N * D, *zh = z + g.head * N * M;
-  const A *inv_h = inv + g.head * N, *dden_h = dden + g.head * N;
+  const A* dden_h = dden + g.head * N;
+  const auto read_inv = [&](int start) {
+    if (NORM && TRANSPOSE && t < C) invs[t] = number<1>(inv + g.head * N, start + t, 0, real);
+  };
   A* state = states + (g.head * groups + g.nth) * STATE_SIZE<D, M>;
   A s[EACH][4][4], sum = 0;
 #pragma unroll
@@ -207,9 +211,11 @@ __global__ void __launch_bounds__(THREADS, 2) group_states(const T* __restrict__
 #pragma unroll
       for (int b = 0; b < 4; ++b) s[n][a][b] = 0;
   clear_beyond<C, D, LDY>(ys);
+  read_inv(g.first);
+  if (NORM && TRANSPOSE) __syncthreads();
   for (int start = g.first; start < last; start += C) {
     fill<C, D, LDY>(ys, [&](int j, int a) { return scale * number<D, FEATURE>(yh, start + j, a, real); });
-    fill<C, VT, LDZ>(zs, [&](int j, int c) { return cotangent<M, NORM && TRANSPOSE>(zh, inv_h, start + j, column + c, real); });
+    fill<C, VT, LDZ>(zs, [&](int j, int c) { return cotangent<M, NORM && TRANSPOSE>(zh, invs + j, start + j, column + c, real); });
     if (t < C) e[t] = !NORM || start + t >= real ? A(0) : TRANSPOSE ? dden_h[start + t] : A(1);
     __syncthreads();
 #pragma unroll
@@ -217,6 +223,7 @@ __global__ void __launch_bounds__(THREADS, 2) group_states(const T* __restrict__
       const int tile = t + n * THREADS;
       if (tile < TILES) columns_times<C, LDY, LDZ>(ys, zs, tile / (VT / 4) * 4, tile % (VT / 4) * 4, s[n]);
     }
+    read_inv(start + C);                                                // for the next chunk, while its place is free
     if (t < D)
       for (int j = 0; j < C; ++j) sum += ys[j * LDY + t] * e[j];
     __syncthreads();
@@ -269,17 +276,22 @@ __global__ void __launch_bounds__(THREADS, 2) scan_states(A* __restrict__ states
 //
 // (x | e) and (y | f) have one feature more if EXTRA, and s is its row of the state; den, the same sum with ones in the place of z and
 // n in that of S, only if NORM. REVERSE: j ≥ i. `shared` sets of y, z, f, numbered g, are summed over. The functions:
-// x(i, a); e(start, xs, es), which fills es from the tile xs of x; y(g, j, a), z(g, j, c), f(g, j); s(c), n(a), and S(tile), which fills a
-// tile with the state before the group;
-// store(i, c, o, den) takes four columns.
-template <typename A, int C, int W, int VT, bool EXTRA, bool NORM, bool REVERSE, class X, class E, class Y, class Z, class F, class S,
-          class SE, class SN, class Store>
-__device__ __forceinline__ void walk(unsigned char* bytes, int first, int last, int shared, X x, E e, Y y, Z z, F f, S S0, SE s0, SN n0, Store store) {
+// x(i, a); e(start, xs, es), which fills es from the tile xs of x; y(g, j, a, inv_j), z(g, j, c, inv_j), f(g, j); inv(g, j), called once a row
+// if REVERSE, whose result lies at inv_j; s(c), n(a), and S(tile), which fills a tile with the state before the group;
+// store(i, c, o, d) takes four columns, and with them den_i if NORM, e_i if EXTRA.
+template <typename A, int C, int W, int VT, bool EXTRA, bool NORM, bool REVERSE, class X, class E, class Y, class Z, class F, class I,
+          class S, class SE, class SN, class Store>
+__device__ __forceinline__ void walk(unsigned char* bytes, int first, int last, int shared, X x, E e, Y y, Z z, F f, I inv, S S0,
+                                     SE s0, SN n0, Store store) {
   constexpr int LD = STRIDE<W>, LDZ = WIDE<VT>, LDS = STATE<VT>, LDP = SCORES<C>, H = C / 2, WP = up(W, 4), TILES = H * (VT / 4);
   static_assert(TILES <= THREADS && H * H <= THREADS && W <= THREADS, "a thread has one tile of 2 x 4 outputs and one of 2 x 2 scores");
   A *xs = reinterpret_cast<A*>(bytes), *ys = xs + C * LD, *zs = ys + C * LD, *state = zs + C * LDZ, *scores = state + WP * LDS;
-  A *s = scores + C * LDP, *es = s + VT, *fs = es + C, *den = fs + C, *n = den + C;
+  A *s = scores + C * LDP, *es = s + VT, *fs = es + C, *den = fs + C, *n = den + C, *invs = den;
+  static_assert(!(NORM && REVERSE), "den and invs are one place");
   const int t = threadIdx.x, c = t % (VT / 4) * 4, i = t / (VT / 4), lane = t % 32;
+  const auto read_inv = [&](int g, int start) {
+    if (REVERSE && t < C) invs[t] = inv(g, start + t);
+  };
   S0(state);
   if (EXTRA && t < VT) s[t] = s0(t);
   if (NORM && t < W) n[t] = n0(t);
@@ -289,6 +301,7 @@ __device__ __forceinline__ void walk(unsigned char* bytes, int first, int last, 
   for (int step = 0; step < chunks; ++step) {
     const int start = first + (REVERSE ? chunks - 1 - step : step) * C;
     fill<C, W, LD>(xs, [&](int r, int a) { return x(start + r, a); });
+    read_inv(0, start);
     __syncthreads();
     if constexpr (EXTRA) {
       e(start, xs, es);
@@ -305,8 +318,8 @@ __device__ __forceinline__ void walk(unsigned char* bytes, int first, int last, 
       }
     }
     for (int g = 0; g < shared; ++g) {
-      fill<C, W, LD>(ys, [&](int r, int a) { return y(g, start + r, a); });
-      fill<C, VT, LDZ>(zs, [&](int r, int c) { return z(g, start + r, c); });
+      fill<C, W, LD>(ys, [&](int r, int a) { return y(g, start + r, a, invs + r); });
+      fill<C, VT, LDZ>(zs, [&](int r, int c) { return z(g, start + r, c, invs + r); });
       if (EXTRA && t < C) fs[t] = f(g, start + t);
       __syncthreads();
       if (t < H * H) {
@@ -332,6 +345,7 @@ __device__ __forceinline__ void walk(unsigned char* bytes, int first, int last, 
         }
       if (t < TILES) rows_times<H, C, LDP, LDZ>(scores, zs, i, c, o);
       add_outer<C, WP, VT, LDS, LD, LDZ>(state, ys, zs);
+      if (g + 1 < shared) read_inv(g + 1, start);
       if (EXTRA && t < VT) {
         A more = s[t];
         for (int j = 0; j < C; ++j) more += fs[j] * zs[j * LDZ + t];
@@ -345,8 +359,9 @@ __device__ __forceinline__ void walk(unsigned char* bytes, int first, int last, 
       n[t] = more;
     }
     if (t < TILES) {
-      store(start + i, c, o[0], NORM ? den[i] : A(0));
-      store(start + i + H, c, o[1], NORM ? den[i + H] : A(0));
+      const A* d = NORM ? den : es;
+      store(start + i, c, o[0], NORM || EXTRA ? d[i] : A(0));
+      store(start + i + H, c, o[1], NORM || EXTRA ? d[i + H] : A(0));
     }
   }
 }
@@ -368,8 +383,9 @@ group_outputs(const T* __restrict__ q, const T* __restrict__ k, const T* __restr
       bytes, g.first, g.last, 1,
       [&](int i, int a) { return scale * number<D, FEATURE>(qh, i, a, real_q); },
       [](int, const A*, A*) {},
-      [&](int, int j, int a) { return number<D, FEATURE>(kh, j, a, real_k); },
-      [&](int, int j, int c) { return number<M>(vh, j, column + c, real_k); },
+      [&](int, int j, int a, const A*) { return number<D, FEATURE>(kh, j, a, real_k); },
+      [&](int, int j, int c, const A*) { return number<M>(vh, j, column + c, real_k); },
+      [](int, int) { return A(0); },
       [](int, int) { return A(0); },
       [&](A* tile) { fill_columns<D, M, VT, STATE<VT>>(tile, state, column); },
       [](int) { return A(0); },
@@ -386,7 +402,7 @@ group_outputs(const T* __restrict__ q, const T* __restrict__ k, const T* __restr
       });
 }
 
-// dq_i = φ'(q_i) ⊙ scale·S_i G_i, and dden, which the other two need
+// dq_i = φ'(q_i) ⊙ scale·S_i G_i, and dden, which the other two need. x holds do, and e -do·out: the division comes last, once for each row.
 template <typename T, int D, int M, int C, int VT, int FEATURE, bool NORM>
 __global__ void __launch_bounds__(THREADS, BLOCKS<T>)
 group_dq(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, const T* __restrict__ dout, const T* __restrict__ out,
@@ -397,30 +413,31 @@ group_dq(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__
   const Group g(groups, rows, N);
   const long long kv = g.head / shared;
   const int column = blockIdx.y * VT, real_q = real_rows(query_lengths, g.head, N), real_k = real_rows(key_lengths, kv, N);
-  const A *state = states + (kv * groups + g.nth) * STATE_SIZE<D, M>, *inv_h = inv + g.head * N;
+  const A* state = states + (kv * groups + g.nth) * STATE_SIZE<D, M>;
   const T *qh = q + g.head * N * D, *kh = k + kv * N * D, *vh = v + kv * N * M, *doh = dout + g.head * N * M, *outh = out + g.head * N * M;
   walk<A, C, M, VT, NORM, false, false>(
       bytes, g.first, g.last, 1,
-      [&](int i, int a) { return cotangent<M, NORM>(doh, inv_h, i, a, real_q); },
-      [&](int start, const A* xs, A* es) {                              // dden of each row, by a warp: x holds do / (den + ε)
+      [&](int i, int a) { return number<M>(doh, i, a, real_q); },
+      [&](int start, const A* xs, A* es) {                              // each row by a warp
         for (int r = threadIdx.x / 32; r < C; r += WARPS) {
           A sum = 0;
           for (int a = threadIdx.x % 32; a < M; a += 32) sum -= xs[r * STRIDE<M> + a] * number<M>(outh, start + r, a, real_q);
           sum = warp_sum(sum);
-          if (threadIdx.x % 32 == 0) {
-            es[r] = sum;
-            if (column == 0 && start + r < g.last) dden[g.head * N + start + r] = sum;
-          }
+          if (threadIdx.x % 32 == 0) es[r] = sum;
         }
       },
-      [&](int, int j, int a) { return number<M>(vh, j, a, real_k); },
-      [&](int, int j, int c) { return number<D, FEATURE>(kh, j, column + c, real_k); },
+      [&](int, int j, int a, const A*) { return number<M>(vh, j, a, real_k); },
+      [&](int, int j, int c, const A*) { return number<D, FEATURE>(kh, j, column + c, real_k); },
       [&](int, int j) { return j < real_k ? A(1) : A(0); },
+      [](int, int) { return A(0); },
       [&](A* tile) { fill_transposed<M, D, VT, STATE<VT>>(tile, state, column); },
       [&](int c) { return column + c < D ? state[D * M + column + c] : A(0); },
       [](int) { return A(0); },
-      [&](int i, int c, A (&o)[4], A) {
-        if (i < g.last) put_slope<D, FEATURE>(dq + (g.head * N + i) * D, qh + (long long)i * D, column + c, i < real_q, scale, o);
+      [&](int i, int c, A (&o)[4], A e) {
+        if (i >= g.last) return;
+        const A by = NORM ? number<1>(inv + g.head * N, i, 0, real_q) : A(1);
+        if (NORM && column == 0 && c == 0) dden[g.head * N + i] = e * by;
+        put_slope<D, FEATURE>(dq + (g.head * N + i) * D, qh + (long long)i * D, column + c, i < real_q, scale * by, o);
       });
 }
 
@@ -443,13 +460,14 @@ group_dk(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__
       [&](int start, const A*, A* es) {
         if (threadIdx.x < C) es[threadIdx.x] = start + (int)threadIdx.x < real_k ? A(1) : A(0);
       },
-      [&](int h, int j, int a) {
-        return cotangent<M, NORM>(dout + (head + h) * N * M, inv + (head + h) * N, j, a, real_rows(query_lengths, head + h, N));
+      [&](int h, int j, int a, const A* inv_j) {
+        return cotangent<M, NORM>(dout + (head + h) * N * M, inv_j, j, a, real_rows(query_lengths, head + h, N));
       },
-      [&](int h, int j, int c) {
+      [&](int h, int j, int c, const A*) {
         return scale * number<D, FEATURE>(q + (head + h) * N * D, j, column + c, real_rows(query_lengths, head + h, N));
       },
-      [&](int h, int j) { return j < real_rows(query_lengths, head + h, N) ? dden[(head + h) * N + j] : A(0); },
+      [&](int h, int j) { return number<1>(dden + (head + h) * N, j, 0, real_rows(query_lengths, head + h, N)); },
+      [&](int h, int j) { return NORM ? number<1>(inv + (head + h) * N, j, 0, real_rows(query_lengths, head + h, N)) : A(0); },
       [&](A* tile) { fill_transposed<M, D, VT, STATE<VT>>(tile, state, column); },
       [&](int c) { return column + c < D ? state[D * M + column + c] : A(0); },
       [](int) { return A(0); },
@@ -475,11 +493,12 @@ group_dv(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__
       bytes, g.first, g.last, shared,
       [&](int i, int a) { return number<D, FEATURE>(kh, i, a, real_k); },
       [](int, const A*, A*) {},
-      [&](int h, int j, int a) { return scale * number<D, FEATURE>(q + (head + h) * N * D, j, a, real_rows(query_lengths, head + h, N)); },
-      [&](int h, int j, int c) {
-        return cotangent<M, NORM>(dout + (head + h) * N * M, inv + (head + h) * N, j, column + c, real_rows(query_lengths, head + h, N));
+      [&](int h, int j, int a, const A*) { return scale * number<D, FEATURE>(q + (head + h) * N * D, j, a, real_rows(query_lengths, head + h, N)); },
+      [&](int h, int j, int c, const A* inv_j) {
+        return cotangent<M, NORM>(dout + (head + h) * N * M, inv_j, j, column + c, real_rows(query_lengths, head + h, N));
       },
       [](int, int) { return A(0); },
+      [&](int h, int j) { return NORM ? number<1>(inv + (head + h) * N, j, 0, real_rows(query_lengths, head + h, N)) : A(0); },
       [&](A* tile) { fill_columns<D, M, VT, STATE<VT>>(tile, state, column); },
       [](int) { return A(0); },
       [](int) { return A(0); },
@@ -503,11 +522,15 @@ group_dk_dv(const T* __restrict__ q, const T* __restrict__ k, const T* __restric
   constexpr int H = C / 2, VD = up(D, 32), VM = up(M, 32), LDK = STRIDE<D>, LDV = STRIDE<M>, LDP = SCORES<C>, HALF = THREADS / 2;
   static_assert(H * (VD / 4) <= HALF && H * (VM / 4) <= HALF && H * H <= HALF, "a thread has one tile of dk or of dv");
   A *ks = reinterpret_cast<A*>(bytes), *qs = ks + C * LDK, *vs = qs + C * LDK, *gs = vs + C * LDV, *R = gs + C * LDV;
-  A *scores_k = R + VD * LDV, *scores_v = scores_k + C * LDP, *r = scores_v + C * LDP, *fs = r + VD;
+  A *scores_k = R + VD * LDV, *scores_v = scores_k + C * LDP, *r = scores_v + C * LDP, *fs = r + VD, *invs = fs + C;
   const Group g(groups, rows, N);
   const long long kv = g.head, head = kv * shared;
   const int real_k = real_rows(key_lengths, kv, N), chunks = (g.last - g.first + C - 1) / C;
   const T *kh = k + kv * N * D, *vh = v + kv * N * M;
+  const auto read_inv = [&](int h, int start) {
+    const int j = threadIdx.x;
+    if (NORM && j < C) invs[j] = number<1>(inv + (head + h) * N, start + j, 0, real_rows(query_lengths, head + h, N));
+  };
   const bool for_k = threadIdx.x < HALF;
   const int t = threadIdx.x % HALF, row = t / H, col = t % H;
   const int nth = for_k ? t / (VD / 4) : t / (VM / 4), c = for_k ? t % (VD / 4) : t % (VM / 4) * 4;
@@ -526,6 +549,7 @@ group_dk_dv(const T* __restrict__ q, const T* __restrict__ k, const T* __restric
     __syncthreads();
     fill<C, D, LDK>(ks, [&](int j, int a) { return number<D, FEATURE>(kh, start + j, a, real_k); });
     fill<C, M, LDV>(vs, [&](int j, int a) { return number<M>(vh, start + j, a, real_k); });
+    read_inv(0, start);
     __syncthreads();
     A o[2][4] = {};
     if (for_k && busy) {
@@ -540,8 +564,8 @@ group_dk_dv(const T* __restrict__ q, const T* __restrict__ k, const T* __restric
       const long long at = (head + h) * N;
       const int real_q = real_rows(query_lengths, head + h, N);
       fill<C, D, LDK>(qs, [&](int j, int a) { return scale * number<D, FEATURE>(q + at * D, start + j, a, real_q); });
-      fill<C, M, LDV>(gs, [&](int j, int a) { return cotangent<M, NORM>(dout + at * M, inv + at, start + j, a, real_q); });
-      if (NORM && threadIdx.x < C) fs[threadIdx.x] = start + (int)threadIdx.x < real_q ? dden[at + start + threadIdx.x] : A(0);
+      fill<C, M, LDV>(gs, [&](int j, int a) { return cotangent<M, NORM>(dout + at * M, invs + j, start + j, a, real_q); });
+      if (NORM && threadIdx.x < C) fs[threadIdx.x] = number<1>(dden + at, start + threadIdx.x, 0, real_q);
       __syncthreads();
       if (t < H * H) {
         A score[2][2] = {};
@@ -561,6 +585,7 @@ group_dk_dv(const T* __restrict__ q, const T* __restrict__ k, const T* __restric
       if (for_k && busy) rows_times<H, C, LDP, LDK, VD / 4>(scores_k, qs, i, c, o);
       else if (!for_k && busy) rows_times<H, C, LDP, LDV>(scores_v, gs, i, c, o);
       add_outer<C, VD, VM, LDV, LDK, LDV>(R, qs, gs);
+      if (h + 1 < shared) read_inv(h + 1, start);
       if (NORM && threadIdx.x < VD) {
         A more = r[threadIdx.x];
         for (int j = 0; j < C; ++j) more += qs[j * LDK + threadIdx.x] * fs[j];
