@@ -42,8 +42,7 @@ def states_one_by_one(whole: np.ndarray | None, add: np.ndarray | None, S: np.nd
     """S before each of T chunks (..., T, D, M), U (..., T, C, M) or None, and S behind the last; see the top of this file. None counts as
     one for `whole`, as zero for `add`."""
     U: Any = None
-    of_each: Any = update[2] if update else add
-    T = of_each.shape[-3]
+    T = _each(update[2] if update else add).shape[-3]
     if update:
         X, Y, U0 = update
         X, U = transposed(X), np.empty_like(U0)
@@ -64,7 +63,7 @@ def states_one_by_one(whole: np.ndarray | None, add: np.ndarray | None, S: np.nd
     return seen, U, S
 
 
-def states_by_doubling(whole: Array | None, add: Array | None, S: Array, update: Update | None = None, *,
+def states_by_doubling(whole: Array | None, add: Any, S: Array, update: Update | None = None, *,
                        reverse: bool = False) -> tuple[Array, Array | None, Array]:
     """The same without a loop over chunks: after log₂ T rounds each chunk has the composition of all the maps S -> move S + add up to it."""
     xp = namespace(S=S)

@@ -179,6 +179,11 @@ def _interleaved(left: Array, right: Array, xp: Any) -> Array:
 def _joined(A: Array, off: Array, xp: Any) -> Array:
     """Blocks on the diagonal (..., n, s, s) and those below them (..., n/2, s, s) as blocks (..., n/2, 2s, 2s)."""
     left, right = _halves(A)
+    if isinstance(A, np.ndarray):
+        s = A.shape[-1]
+        both = np.zeros((*off.shape[:-2], 2 * s, 2 * s), A.dtype)
+        both[..., :s, :s], both[..., s:, :s], both[..., s:, s:] = left, off, right
+        return both
     return xp.concat([xp.concat([left, xp.zeros_like(off)], axis=-1), xp.concat([off, right], axis=-1)], axis=-2)
 
 
