@@ -42,7 +42,8 @@ def states_one_by_one(whole: np.ndarray | None, add: np.ndarray | None, S: np.nd
     """S before each of T chunks (..., T, D, M), U (..., T, C, M) or None, and S behind the last; see the top of this file. None counts as
     one for `whole`, as zero for `add`."""
     U: Any = None
-    T = _each(update[2] if update else add).shape[-3]
+    own: Any = update[2] if update else add
+    T = own.shape[-3]
     if update:
         X, Y, U0 = update
         X, U = transposed(X), np.empty_like(U0)
