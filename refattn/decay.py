@@ -79,7 +79,9 @@ def scores(X: Array, K: Array, g: Array | None, xp: Any) -> tuple[Array, Array, 
     if g.shape[-1] == 1 < X.shape[-1]:                                            # one decay for all channels: drawn out of the sum
         one = xp.ones_like(g)
         weights, before, behind, whole = scores(one, one, g, xp)
-        return _lower(X @ transposed(K), xp) * weights, before * X, behind * K, whole
+        A = _lower(X @ transposed(K), xp)
+        A *= weights
+        return A, before * X, behind * K, whole
     a = xp.exp(g)
     A, w = xp.sum(X * K, axis=-1)[..., None, None], a[..., None, :]               # blocks of one position: (..., T, C, 1, 1)
     bX, eK = (a * X)[..., None, :], (xp.ones_like(a) * K)[..., None, :]
@@ -100,7 +102,7 @@ def scores_backward(dA: Array, dbX: Array, deK: Array, dwhole: Array, A: Array, 
         return dA @ K + dbX, over_group(transposed(dA) @ X, xp) + deK, None
     p, scalar = decays(xp.exp(g), xp), g.shape[-1] == 1 < X.shape[-1]
     if scalar:
-        one, dA = xp.ones_like(g), _lower(dA, xp)
+        one, dA = xp.ones_like(g), _lower(dA, xp)                                 # dA is read here alone
         offs, _ = _below(over_group(dA * A, xp), xp)
         dpairs = [(xp.sum(off, axis=-1, keepdims=True), transposed(xp.sum(off, axis=-2, keepdims=True))) for off in offs]
         dA = dA * scores(one, one, g, xp)[0]
@@ -131,16 +133,16 @@ def _pair_scores_backward(dA: Array, X: Array, K: Array, p: Decays, xp: Any) -> 
 
 
 def unit_lower_inverse(L: Array, xp: Any) -> Array:
-    """T = (I + L)⁻¹ for the strictly lower triangle of L (..., C, C), C a power of two, by halves:
+    """T = (I - L)⁻¹ for the strictly lower triangle of L (..., C, C), C a power of two, by halves:
 
-        [I + L₁    0  ]⁻¹   [      T₁         0 ]
-        [  B    I + L₂]   = [ -T₂ B T₁        T₂]
+        [I - L₁    0  ]⁻¹   [    T₁        0 ]
+        [ -B    I - L₂]   = [ T₂ B T₁      T₂]
     """
     offs, diagonal = _below(L, xp)
     T = xp.ones_like(diagonal)[..., None]                                         # blocks of one position: (..., C, 1, 1)
     for off in offs:
         left, right = _halves(T)
-        T = _joined(T, -(off if off.shape[-1] == 1 else right @ off @ left), xp)
+        T = _joined(T, off if off.shape[-1] == 1 else right @ off @ left, xp)
     return T[..., 0, :, :]
 
 
@@ -190,6 +192,10 @@ def _joined(A: Array, off: Array, xp: Any) -> Array:
 def _below(A: Array, xp: Any) -> tuple[list[Array], Array]:
     """The lower triangle of A (..., C, C) taken apart: blocks (..., C/2s, s, s) below the diagonal for s = 1, 2, …, C/2, and the diagonal
     (..., C, 1). The reverse of `_joined`."""
+    if isinstance(A, np.ndarray):                                                 # views
+        C, lead = A.shape[-1], A.shape[:-2]
+        blocks = [A.reshape(*lead, C // w, w, C // w, w).diagonal(axis1=-4, axis2=-2) for w in (2**i for i in range(C.bit_length()))]
+        return [np.moveaxis(b, -1, -3)[..., b.shape[-2] // 2:, : b.shape[-2] // 2] for b in blocks[1:]], np.moveaxis(blocks[0], -1, -3)[..., 0]
     offs, A = [], A[..., None, :, :]
     while A.shape[-1] > 1:
         s = A.shape[-1] // 2
@@ -199,8 +205,11 @@ def _below(A: Array, xp: Any) -> tuple[list[Array], Array]:
 
 
 def _lower(A: Array, xp: Any) -> Array:
-    """Not a product with 0: a hidden score may have overflowed."""
+    """A, the caller's own, with zeros above the diagonal. Not a product with 0: a hidden score may have overflowed."""
     i = xp.arange(A.shape[-1])
+    if isinstance(A, np.ndarray):
+        np.copyto(A, 0, where=i[:, None] < i)
+        return A
     return xp.where(i[:, None] >= i, A, xp.zeros_like(A))
 
 

@@ -51,16 +51,21 @@ def _forward(xp: Any, states: States, S: Array, Q: Array | None, K: Array, V: Ar
              beta: Array) -> tuple[Array | None, Array]:
     """O and the state behind the last chunk; without Q only the state."""
     A, B, bQ, bK, eK, whole, _, _ = _all_scores(xp, Q, K, g)
-    T = unit_lower_inverse(beta * B, xp) * transposed(beta)                                                        # T Diag(β)
+    T = unit_lower_inverse(-beta * B, xp)
+    T *= transposed(beta)                                                                                          # T Diag(β)
     before, U, end = states(whole, None, S, (eK, T @ bK, T @ V))
-    return None if Q is None else A @ U + bQ @ before, end
+    if Q is None:
+        return None, end
+    O = A @ U
+    O += bQ @ before
+    return O, end
 
 
 def _backward(xp: Any, states: States, S: Array, R: Array, dO: Array, Q: Array, K: Array, V: Array, g: Array | None,
               beta: Array) -> tuple[Array | None, ...]:
     """dS_0, dQ, dK, dV, dg, dbeta. The states before the chunks are made once more."""
     A, B, bQ, bK, eK, whole, X, AB = _all_scores(xp, Q, K, g)
-    T, B = unit_lower_inverse(beta * B, xp), strictly_lower(B, xp)
+    T, B = unit_lower_inverse(-beta * B, xp), strictly_lower(B, xp)
     W = T @ (beta * bK)
     before, U, _ = states(whole, None, S, (eK, W, T @ (beta * V)))
     minus_near = -over_group(transposed(A) @ dO, xp)
