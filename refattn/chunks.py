@@ -251,3 +251,7 @@ def check_chunk(chunk: int) -> int:
         raise ValueError(f"chunk: expected a power of two, got {chunk}")
     return chunk
 
+
+def one_chunk(q: Array) -> int:
+    """The least power of two that holds all N positions."""
+    return 1 << max(q.shape[-2] - 1, 0).bit_length()

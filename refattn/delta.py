@@ -16,7 +16,7 @@ a triangular system. With T = (I + Diag(β) B)⁻¹ (the WY representation of a 
 |---------|-----------------|-------------------------------------------------------|-----------------------------------------|-------------------|
 | chunked | delta_chunked_* | 2·N·(D² + 2·D·M + …) + 2·N·C·(3·D + 2·M + C)          | a block of chunks, 16 states · log₁₆ N  | NumPy             |
 | scan    | delta_scan_*    | as chunked, and log₂(N/C) products of D × D matrices  | all of it, N·D·(D + M) / C              | array API, object |
-| masked  | scan, one chunk | 2·N²·(2·D + 2·M) + N³                                 | N²                                      | array API, object |
+| masked  | delta_masked_*  | 2·N²·(2·D + 2·M) + N³                                 | N²                                      | array API, object |
 | step    | delta_step      | 7·D·M per position                                    | D·M                                     | array API, object |
 
 **Backward** of a chunk, R being the cotangent of the state behind it. Z = Diag(β) (V - (b ⊙ K) S_0) is the right side, U = T Z:
@@ -40,7 +40,7 @@ import numpy as np
 
 from ._array import Array, namespace, transposed
 from .causal import causal_step, causal_step_backward
-from .chunks import CHUNK, Residuals, States, chunked_backward, chunked_forward, scan_backward, scan_forward
+from .chunks import CHUNK, Residuals, States, chunked_backward, chunked_forward, one_chunk, scan_backward, scan_forward
 from .decay import over_group, scores, scores_backward, strictly_lower, unit_lower_inverse
 from .gated import fade, fade_backward
 
@@ -166,6 +166,22 @@ def delta_scan_backward(dout: Array, dstate: Array | None, residuals: Residuals)
     >>> delta_scan_backward(np.array([[0.0], [1.0]]), None, residuals)[4]
     array([0.5, 0.5])
     """
+    return scan_backward(_backward, dout, dstate, residuals)
+
+
+def delta_masked_forward(q: Array, k: Array, v: Array, g: Array | None, beta: Array,
+                         state: Array | None = None) -> tuple[Array, Array, Residuals]:
+    """(I + Diag(β) B) U = Diag(β) (V - (b ⊙ K) S_0), O = A U + (b ⊙ Q) S_0: the quadratic form, all positions as one chunk. N² memory.
+
+    >>> one = np.ones((3, 1))
+    >>> delta_masked_forward(one, one, one, None, np.array([0.5, 0.5, 0.5]))[0].ravel()
+    array([0.5  , 0.75 , 0.875])
+    """
+    return scan_forward(_forward, q, k, v, (g, beta), state, one_chunk(q))
+
+
+def delta_masked_backward(dout: Array, dstate: Array | None, residuals: Residuals) -> tuple[Any, ...]:
+    """Transpose of `delta_masked_forward`; see `delta_chunked_backward`."""
     return scan_backward(_backward, dout, dstate, residuals)
 
 
