@@ -15,9 +15,9 @@ from refattn.causal import causal_masked_forward
 from refattn.cuda import launch
 from refattn.testing import budgets, laws
 from refattn.testing.nvrtc import ARCHS
+from refattn.testing.tensor_budget import tensor_budget
 
 KINDS = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-PARTS = {"float16": (2.0**-22, 2.0**-39), "bfloat16": (2.0**-16, 0.0)}          # what two parts leave, of the number and of the largest
 # A tile that is mostly padding; odd sizes; some tiles; two blocks of columns; the most features
 SIZES = [(8, 4), (37, 21), (64, 64), (24, 100), (128, 40)]
 few = settings(max_examples=max(settings().max_examples // 4, 5))
@@ -53,47 +53,26 @@ def problem(rng, kind, D, M, N, lead=(2,), H=2, G=1, exact=False):
     return array(*lead, H * G, N, D), array(*lead, H, N, D), array(*lead, H, N, M), S, z if exact else np.abs(z)
 
 
-def tensor_budget(q, k, v, S, z, *, feature=0, normalised=False, scale=1.0, eps=0.0, query_lengths=None, key_lengths=None):
-    """[(exact, bound)] of out, S_N and z_N in float64, term by term as `tensor.cu` lists them."""
-    kind, phi = q.dtype.name, oracle.eq7 if feature else np.array
-    square, floor = PARTS[kind]
-    groups, N, D = q.shape[-3] // k.shape[-3], q.shape[-2], q.shape[-1]
-    real_q, real_k = budgets._real(query_lengths, q), budgets._real(key_lengths, k)
-    Q, K, V = (np.where(real[..., :1], f(x.astype(float)), 0) for real, f, x in ((real_q, phi, q), (real_k, phi, k), (real_k, np.array, v)))
-    S, z, ones, mask = S.astype(float), z.astype(float), 1.0 * real_k[..., :1], np.tril(np.ones((N, N)))
-
-    def sums(Q, K, V, S, z):
-        """The weights, num, den, S_N and z_N."""
-        K_, V_, S_, z_, ones_ = (np.repeat(x, groups, -3) for x in (K, V, S, z[..., None], ones))
-        A = mask * (Q @ K_.mT)
-        return A, scale * (A @ V_ + Q @ S_), scale * (A @ ones_ + Q @ z_) + eps, S + K.mT @ V, z + (K * ones).sum(-2)
-
-    _, num, den, end_S, end_z = sums(Q, K, V, S, z)
-    # Absolute values from here on, without and with the rounding of φ. The longest path of a number: N positions, D features in a score,
-    # twice D and a chunk in a product of parts, φ and a dozen single steps; each may be a sum of the tensor cores, three roundings for one.
-    g = budgets.gamma(3 * (N + 3 * D + 64 + 2 * budgets.PHI_ROUNDINGS + 12), np.float32)
-    Q, K, V, S, z = map(np.abs, (Q, K, V, S, z))
-    usual = sums(Q, K, V, S, z)
-    if feature:
-        Q, K = Q + real_q * budgets.rounding(Q, kind), K + real_k * budgets.rounding(K, kind)
-    more = A, _, _, S_N, _ = sums(Q, K, V, S, z)
-    *_, num_off, den_off, S_off, z_off = (b - a + (square + g + square * g) * b for a, b in zip(usual, more))
-    largest, top = A.max(-1, keepdims=True, initial=0), np.repeat(S_N, groups, -3).max((-1, -2), keepdims=True, initial=0)
-    num_off = num_off + 2 * floor * scale * (largest * (mask @ np.repeat(V, groups, -3)) + Q.sum(-1, keepdims=True) * top)
-    den_off = den_off + 2 * floor * scale * largest * (mask @ np.repeat(ones, groups, -3))
-    out, bound = num, num_off
+def exact(q, k, v, S, z, *, feature=0, normalised=False, scale=1.0, eps=0.0, query_lengths=None, key_lengths=None):
+    """out, S_N, z_N in float64."""
+    groups, N, phi = q.shape[-3] // k.shape[-3], q.shape[-2], oracle.eq7 if feature else np.array
+    real_q, real_k = budgets._real(query_lengths, q)[..., :1], budgets._real(key_lengths, k)[..., :1]
+    Q, K, V = (np.where(real, f(np.where(real, x, 0).astype(float)), 0) for real, f, x in ((real_q, phi, q), (real_k, phi, k), (real_k, np.array, v)))
+    K_, V_, S_, z_, ones_ = (np.repeat(x.astype(float), groups, -3) for x in (K, V, S, z[..., None], real_k))
+    A = scale * np.tril(Q @ K_.mT)
+    out, den = A @ V_ + scale * Q @ S_, A @ ones_ + scale * Q @ z_ + eps
     if normalised:
-        some = den != 0
-        assert (den > den_off)[some].all(), "the bound holds only where den is larger than its error"
-        out = np.divide(num, den, out=np.zeros_like(num), where=np.broadcast_to(some, num.shape))
-        bound = np.divide(num_off + np.abs(out) * den_off, den - den_off, out=np.zeros_like(num), where=np.broadcast_to(some, num.shape))
-    return [(out, bound + budgets.rounding(np.abs(out) + bound, kind)), (end_S, S_off), (end_z, z_off)]
+        out = np.divide(out, den, out=np.zeros_like(out), where=np.broadcast_to((den != 0) & real_q, out.shape))
+    return out, S + K.mT @ V, z + K.sum(-2)
 
 
 def assert_right(got, *arrays, **options):
-    for name, x, (right, bound) in zip(("out", "S", "z"), got, tensor_budget(*arrays, **options), strict=True):
+    q, v, S, z = (arrays[i] for i in (0, 2, 3, 4))
+    usual = {"feature": 0, "normalised": False, "eps": 0.0, **options}
+    bounds = tensor_budget(*arrays, np.zeros((*q.shape[:-1], v.shape[-1])), 0 * S, 0 * z, **usual)
+    for name, x, right in zip(("out", "S", "z"), got, exact(*arrays, **options), strict=True):
         if name != "z" or options.get("normalised"):
-            budgets.assert_within(x, right, bound, name)
+            budgets.assert_within(x, right, getattr(bounds, name), name)
 
 
 # --- exact laws ---------------------------------------------------------------------------------------------------------------------
@@ -190,7 +169,8 @@ def test_rows_of_very_small_and_very_large_scores_are_right(cp, dtype, size, of,
     k *= KINDS[dtype].type(of)
     S, v = S * np.float32(of), (v / 64).astype(v.dtype)
     got = forward(cp, q, k, v, S, z, scale=float(of) ** -2)
-    (out, bound), *_ = tensor_budget(q, k, v, S, z, scale=float(of) ** -2)
+    out, bound = exact(q, k, v, S, z, scale=float(of) ** -2)[0], tensor_budget(
+        q, k, v, S, z, np.zeros((*q.shape[:-1], 20)), 0 * S, 0 * z, feature=0, normalised=False, scale=float(of) ** -2).out
     fits = np.abs(out) + bound < float(ml_dtypes.finfo(KINDS[dtype]).max)
     assert fits.mean() > 0.9
     budgets.assert_within(np.where(fits, got[0].astype(float), 0), np.where(fits, out, 0), bound)
@@ -253,7 +233,7 @@ def test_shared_memory_is_no_more_than_the_kernels_use(simt, D, M, rng):
             if kernel == "group_states_tc" and right(kernel, D, M) == 12032:       # a tile for each warp, of which so small a state needs one
                 continue
             with simt.audit(), pytest.raises(RuntimeError, match=f"{kernel}.*out of bounds"):
-                forward(simt, *arrays)
+                forward(simt, *arrays, feature=1, normalised=True)
 
 
 @pytest.mark.parametrize("capability, dtype, D, M, chosen", [
@@ -276,28 +256,32 @@ def test_what_does_not_fit_takes_the_scalar_kernels(simt, why, rng, monkeypatch)
 
 # --- planted bugs ---------------------------------------------------------------------------------------------------------------------------
 
-SYNC = "    __syncthreads();\n"
+SYNC = "      __syncthreads();\n"
 PLANTED = {
-    "no barrier between loading and products": ("column, [](float x) { return x; });\n" + SYNC, "column, [](float x) { return x; });\n", "race"),
-    "no barrier between scores and weights": ("    leave_top();\n" + SYNC, "    leave_top();\n", "race"),
-    "no barrier between weights and products": (SYNC + "    const int r = warp / MT", "    const int r = warp / MT", "race"),
-    "no barrier before the parts change": (SYNC + "    if (r < C) {\n      float x", "    if (r < C) {\n      float x", "race"),
-    "no barrier before the tiles lie over k and v": (
-        "sum += widen(ks[j * ROW<D> + t]);\n" + SYNC, "sum += widen(ks[j * ROW<D> + t]);\n", "race"),
+    "no barrier between loading and products": ("(zs, 1.f, from_z);\n" + SYNC, "(zs, 1.f, from_z);\n", "race"),
+    "no barrier before y lies over the tiles of o": ("fs[t] = f(g, start + t);\n" + SYNC, "fs[t] = f(g, start + t);\n", "race"),
+    "no barrier between scores and weights": (
+        "more_n += whole<PY>(ys + j * LD + t, C * LD);\n" + SYNC, "more_n += whole<PY>(ys + j * LD + t, C * LD);\n", "race"),
+    "no barrier between weights and products": ("lowered[i] = 1 / by;\n      }\n" + SYNC, "lowered[i] = 1 / by;\n      }\n", "race"),
+    "no barrier before the tiles of o lie over weights": ("n[t] += more_n;\n" + SYNC, "n[t] += more_n;\n", "race"),
+    "no barrier between loading and a group's state": (
+        "(vs, 1.f, z);\n    __syncthreads();\n", "(vs, 1.f, z);\n", "race"),
+    "no barrier before the tiles lie over k and v": ("  }\n  __syncthreads();\n#pragma", "  }\n#pragma", "race"),
     "no __syncwarp before the next tile": ("x[1]);\n  __syncwarp();\n}\n__device__", "x[1]);\n}\n__device__", "race"),
-    "the fourth tile of scores is read": ("lane <= i ? scores", "true ? scores", "uninitialised"),
-    "a tile that starts at an odd column": ("wmma::load_matrix_sync(x, qs + r * LD + d, LD);\n        wmma::load_matrix_sync(y, ks",
-                                            "wmma::load_matrix_sync(x, qs + r * LD + d + 1, LD);\n        wmma::load_matrix_sync(y, ks", "32 bytes"),
-    "the mask hides the diagonal": ("lane <= i ? scores", "lane < i ? scores", "wrong"),
-    "K is not turned": ("        ColumnsTurned<T> y;", "        Columns<T> y;", "wrong"),
-    "the low part of the state is lost": ("rest[b] = x[u][b] - widen(narrow<T>(x[u][b]))", "rest[b] = 0", "wrong"),
-    "the low part of the weights is lost": ("lo = narrow<T>(x - widen(hi));", "lo = narrow<T>(0.f);", "wrong"),
-    "the parts change before they are read": ("    leave_top();\n" + SYNC, "    leave_top();\n    split_state();\n" + SYNC, "race"),
-    "padding is mapped": ("column + c + b < W ? map(x[b]) : 0.f", "map(x[b])", "wrong"),
-    "the power of two is forgotten": ("x[u][b] * lowered[i]", "x[u][b]", "wrong"),
-    "keys behind their length": ("ks, k + kv * N * D, start, real_k", "ks, k + kv * N * D, start, N", "wrong"),
-    "scale outside of the normaliser": ("inverse(scale * den[i] + eps)", "inverse(den[i] + eps)", "wrong"),
-    "the key sum stands still": ("      z[t] = more;\n", "      z[t] = more - more;\n", "wrong"),
+    "the fourth tile of scores is read": ("(REVERSE ? lane >= i : lane <= i)", "(REVERSE || true)", "uninitialised"),
+    "a tile that starts at an odd column": ("tile, xs + a * LD + w, LD", "tile, xs + a * LD + w + 1, LD", "32 bytes"),
+    "the mask hides the diagonal": ("lane >= i : lane <= i", "lane >= i : lane < i", "wrong"),
+    "K is not turned": ("ColumnsTurned<T>, PX, PY>", "Columns<T>, PX, PY>", "wrong"),
+    "the low part of the state is lost": ("past, xs + r * LD + w, LD, C * LD, parts + w * LDZ + c, LDZ, WP * LDZ",
+                                          "past, xs + r * LD + w, LD, C * LD, parts + w * LDZ + c, LDZ, 0 * LDZ", "wrong"),
+    "the low part of the weights is lost": ("lo = narrow<T>(lifted - widen(hi));", "lo = narrow<T>(0.f);", "wrong"),
+    "the low part of φ is lost": ("put4<4>(at + more, 0, rest)", "put4<4>(at + more, 0, {0, 0, 0, 0})", "wrong"),
+    "the parts change before they are read": ("      leave_top();\n      float", "      leave_top();\n      split_state();\n      float", "race"),
+    "padding is mapped": ("c + b < W ? phi<FEATURE>(x[b]) : 0.f", "phi<FEATURE>(x[b])", "wrong"),
+    "the power of two is forgotten": ("part[u][b] * lowered[r + row + 8 * u]", "part[u][b]", "wrong"),
+    "keys behind their length": ("(kh, j, c, j < real_k, x)", "(kh, j, c, j < N, x)", "wrong"),
+    "scale outside of the normaliser": ("inverse(scale * den + eps)", "inverse(den + eps)", "wrong"),
+    "the key sum stands still": ("n[t] += more_n", "n[t] += 0 * more_n", "wrong"),
 }
 
 

@@ -94,13 +94,14 @@ def state_bytes(width: int, tile: Tile, itemsize: int) -> int:
 
 
 def tensor_bytes(kernel: str, D: int, M: int) -> int:
-    """Shared memory of group_states_tc: k and v, or a tile of each warp; and of group_outputs_tc: these tiles; q, k, v; the weights and the
-    state, each as two parts; the key sum, two numbers a row, and one a warp."""
-    row_d, columns, stages = _up(D, 16) + 8, min(_up(M, 16), TENSOR_COLUMNS), 8 * (15 * 24 + 16) * 4
+    """Shared memory of group_states_tc: y and z, or a tile of each warp; of the others: x; y, under it the weights, and z, under both these
+    tiles; the state, as two parts; the scores; and a few rows of numbers. What may be two parts is counted as two."""
+    C, row_d, row_m, stages = 32, _up(D, 16) + 8, _up(M, 16) + 8, 8 * (15 * 24 + 16) * 4
     if kernel == "group_states_tc":
-        return max(2 * 64 * (row_d + _up(M, 16) + 8), stages)
-    C, row_v = 32, columns + 8
-    return stages + 2 * (2 * C * row_d + C * row_v + 2 * C * (C + 8) + 2 * _up(D, 16) * row_v) + 4 * (_up(D, 16) + 2 * C + 8)
+        return max(2 * C * (2 * row_d + row_m), stages)
+    columns = min(_up(M, 16), TENSOR_COLUMNS)
+    y, z, state = 2 * max(2 * C * row_d, 2 * C * (C + 8)), 2 * C * (columns + 8), 4 * _up(D, 16) * (columns + 8)
+    return 4 * C * row_d + max(y + z, stages) + state + 4 * (C * (C + 8) + columns + _up(D, 16) + 4 * C + 8)
 
 
 def tensor_fits(capability: int, dtype: str, D: int, M: int) -> bool:
