@@ -276,9 +276,9 @@ __device__ __forceinline__ void walk_tiles(unsigned char* bytes, int first, int 
     put_chunk<W, PX>(xs, 1.f, quads);
     for (int g = 0; g < shared; ++g) {
       float from_y[QUADS<W>][4], from_z[QUADS<V>][4];
+      if (EXTRA && t < C) fs[t] = f(g, start + t);
       fetch<W>(from_y, [&](int a, int b, float (&to)[4]) { y(g, start + a, b, to); });
       fetch<V>(from_z, [&](int a, int b, float (&to)[4]) { z(g, start + a, b, to); });
-      if (EXTRA && t < C) fs[t] = f(g, start + t);
       __syncthreads();
       put_chunk<W, PY>(ys, 1.f, from_y), put_chunk<V, PZ>(zs, 1.f, from_z);
       __syncthreads();

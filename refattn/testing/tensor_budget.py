@@ -20,7 +20,8 @@ PARTS = {"float16": (2.0**-22, 2.0**-39, 2.0**-25), "bfloat16": (2.0**-16, 0.0, 
 
 def tensor_budget(q: Any, k: Any, v: Any, S: Any, z: Any, dout: Any, dS: Any, dz: Any, *, feature: int = 1, normalised: bool = True,
                   scale: float = 1.0, eps: float = 1e-6, query_lengths: Any = None, key_lengths: Any = None) -> Budget:
-    """Bounds of out, S_N, z_N and of all gradients, for arrays of float16 and bfloat16. `feature`: 0 identity, 1 elu + 1.
+    """Bounds of out, S_N, z_N and of all gradients before each is rounded to its dtype, for arrays of float16 and bfloat16. `feature`: 0 identity,
+    1 elu + 1.
 
     AssertionError where den is not larger than its own error: then there is no bound.
     """
@@ -28,10 +29,8 @@ def tensor_budget(q: Any, k: Any, v: Any, S: Any, z: Any, dout: Any, dS: Any, dz
     arrays, kind = tuple(budgets._f64(x) for x in (q, k, v, S, z, dout, dS, dz)), q.dtype.name
     den, usual = _absolute(kind, None, *arrays, **options)
     _, grown = _absolute(kind, den, *arrays, **options)
-    names = Budget._fields
-    bounds = {name: b - a + rounding(b if name in ("out", "dq", "dk", "dv") else 0, kind if name in ("out", "dq", "dk", "dv") else "float32")
-              for name, a, b in zip(names, usual, grown, strict=True)}
-    return Budget(**bounds if normalised else {**bounds, "z": None, "dz": None})
+    bounds = Budget(*(b - a for a, b in zip(usual, grown, strict=True)))
+    return bounds if normalised else bounds._replace(z=None, dz=None)
 
 
 def _absolute(kind: str, den: Any, q: Any, k: Any, v: Any, S: Any, z: Any, dout: Any, dS: Any, dz: Any, *, feature: int, normalised: bool,
