@@ -221,7 +221,7 @@ def test_empty_batches_launch_nothing(simt, shape, monkeypatch):
 
 def test_a_grid_that_cuda_cannot_launch_is_a_clear_error():
     with pytest.raises(ValueError, match=r"group_dq: \(1, 70000\) blocks are more than CUDA can launch .* split the batch"):
-        launch.Kernels({}).launch("group_dq", (1, 70000), 0)
+        launch.Kernels({}, 1, 1, 4).launch("group_dq", (1, 70000), 0)
 
 
 def test_strides_and_the_inputs_are_as_before(cp, rng):

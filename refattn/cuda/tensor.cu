@@ -34,6 +34,9 @@ constexpr int STAGE_ROW = 24, STAGE = 15 * STAGE_ROW + 16, SCORE_ROW = CHUNK + 8
 template <int V> constexpr int COLUMNS = up(V, 16) < 64 ? up(V, 16) : 64;      // of the state, in a block of (c)
 template <int W> constexpr int QUADS = (CHUNK * up(W, 16) / 4 + THREADS - 1) / THREADS;       // four numbers each, of a chunk, for a thread
 
+// Blocks on a multiprocessor that registers must allow
+template <int D, int M> constexpr int RESIDENT = D <= 64 && M <= 64 ? 2 : 1;
+
 template <typename T> using Rows = wmma::fragment<wmma::matrix_a, 16, 16, 16, T, wmma::row_major>;
 template <typename T> using RowsTurned = wmma::fragment<wmma::matrix_a, 16, 16, 16, T, wmma::col_major>;
 template <typename T> using Columns = wmma::fragment<wmma::matrix_b, 16, 16, 16, T, wmma::row_major>;
@@ -51,15 +54,28 @@ __device__ __forceinline__ float warp_max(float x) {
   for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
   return x;
 }
-__device__ __forceinline__ float block_max(const float* tops) {
-  float top = 0;
-  for (int w = 0; w < WARPS; ++w) top = fmaxf(top, tops[w]);
-  return top;
-}
-
 // The power of two, at most 2¹⁰⁰, that brings `top` to [2¹⁴, 2¹⁵), by its exponent alone; 1 where T has the range of a float
 template <typename T> __device__ __forceinline__ float lift(float top) {
   return SMALL_RANGE<T> ? __int_as_float(min(268 - (__float_as_int(top) >> 23), 227) << 23) : 1.f;
+}
+// The same for all numbers of a block: each warp leaves the largest of its own, and after a barrier all threads read them. An infinite one
+// does not count: it is lost anyway, and all others would be with it.
+template <typename T, int R, int C> __device__ __forceinline__ void leave_top(float* tops, const float (&x)[R][C]) {
+  if constexpr (SMALL_RANGE<T>) {
+    float top = 0;
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+#pragma unroll
+      for (int c = 0; c < C; ++c) top = fmaxf(top, fabsf(x[r][c]) < __int_as_float(255 << 23) ? fabsf(x[r][c]) : 0.f);
+    top = warp_max(top);
+    if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
+  }
+}
+template <typename T> __device__ __forceinline__ float lift(const float* tops) {
+  float top = 0;
+  if constexpr (SMALL_RANGE<T>)
+    for (int w = 0; w < WARPS; ++w) top = fmaxf(top, tops[w]);
+  return lift<T>(top);
 }
 
 // Four numbers, times `by`, to `at`, and what that leaves of them to `at + more`
@@ -80,6 +96,15 @@ template <int W, int FEATURE, typename T> __device__ __forceinline__ void four(c
   get4<W>(rows + (long long)i * W, c, x);
 #pragma unroll
   for (int b = 0; b < 4; ++b) x[b] = c + b < W ? phi<FEATURE>(x[b]) : 0.f;
+}
+
+// c_i φ(q_i), with c_i = 1 / (den_i + ε) if SCALED, else 1
+template <int W, int FEATURE, bool SCALED, typename T>
+__device__ __forceinline__ void scaled(const T* rows, const float* inv, int i, int c, bool real, float (&x)[4]) {
+  four<W, FEATURE>(rows, i, c, real, x);
+  if (SCALED && real)
+#pragma unroll
+    for (int b = 0; b < 4; ++b) x[b] *= inv[i];
 }
 
 // A chunk on its way to shared memory: a thread has four numbers of row r from c on in x[0], and so on; row(r, c, x) reads four
@@ -159,32 +184,43 @@ __device__ __forceinline__ void add_outer_tiles(const T* Y, const T* Z, Tile (&S
 
 // --- (a) the groups' own states ------------------------------------------------------------------------------------------------------
 
-template <typename T, int D, int M, int FEATURE, bool NORM>
-__global__ void __launch_bounds__(THREADS, 2) group_states_tc(const T* __restrict__ k, const T* __restrict__ v, float* __restrict__ states,
-                                                              const int* __restrict__ lengths, int N, int groups, int rows) {
+// As group_states of linear.cu: of φ(k_j) [v_j | 1]ᵀ, or, if TRANSPOSE, of scale·φ(q_j) G_jᵀ as scale·(c_j φ(q_j)) [do_j | δ_j]ᵀ; `delta` holds δ
+template <typename T, int D, int M, int FEATURE, bool NORM, bool TRANSPOSE>
+__global__ void __launch_bounds__(THREADS, RESIDENT<D, M>) group_states_tc(const T* __restrict__ y, const T* __restrict__ z, const float* __restrict__ inv,
+                                                              const float* __restrict__ delta, float* __restrict__ states,
+                                                              const int* __restrict__ lengths, int N, int groups, int rows, float scale) {
   extern __shared__ __align__(32) unsigned char bytes[];
-  constexpr int C = CHUNK, DT = up(D, 16) / 16, MT = up(M, 16) / 16, EACH = (DT * MT + WARPS - 1) / WARPS, PARTS = FEATURE ? 2 : 1;
-  T *ks = reinterpret_cast<T*>(bytes), *vs = ks + PARTS * C * ROW<D>;
+  constexpr bool SCALED = NORM && TRANSPOSE;
+  constexpr int C = CHUNK, LD = ROW<D>, DT = up(D, 16) / 16, MT = up(M, 16) / 16, EACH = (DT * MT + WARPS - 1) / WARPS, PY = FEATURE || SCALED ? 2 : 1;
+  T *ys = reinterpret_cast<T*>(bytes), *zs = ys + PY * C * LD;
+  float *e = reinterpret_cast<float*>(zs + C * ROW<M>), *tops = e + C;
   const int t = threadIdx.x, warp = t / 32;
-  float* stage = reinterpret_cast<float*>(bytes) + warp * STAGE;                  // over ks and vs, when these are done with
+  float* stage = reinterpret_cast<float*>(bytes) + warp * STAGE;                  // over all of these, when they are done with
   const Group g(groups, rows, N);
   const int last = min(g.last, real_rows(lengths, g.head, N));
-  const T *kh = k + g.head * N * D, *vh = v + g.head * N * M;
+  const T *yh = y + g.head * N * D, *zh = z + g.head * N * M;
+  const float *inv_h = inv + g.head * N, *delta_h = delta + g.head * N;
   float* state = states + (g.head * groups + g.nth) * STATE_SIZE<D, M>;
   Tile S[EACH];
 #pragma unroll
   for (int n = 0; n < EACH; ++n) wmma::fill_fragment(S[n], 0.f);
   float sum = 0;
   for (int start = g.first; start < last; start += C) {
-    float y[QUADS<D>][4], z[QUADS<M>][4];
-    fetch<D>(y, [&](int r, int c, float (&x)[4]) { four<D, FEATURE>(kh, start + r, c, start + r < last, x); });
-    fetch<M>(z, [&](int r, int c, float (&x)[4]) { four<M, 0>(vh, start + r, c, start + r < last, x); });
+    float from_y[QUADS<D>][4], from_z[QUADS<M>][4];
+    fetch<D>(from_y, [&](int r, int c, float (&x)[4]) { scaled<D, FEATURE, SCALED>(yh, inv_h, start + r, c, start + r < last, x); });
+    fetch<M>(from_z, [&](int r, int c, float (&x)[4]) { four<M, 0>(zh, start + r, c, start + r < last, x); });
+    if constexpr (SCALED) leave_top<T>(tops, from_y);
     __syncthreads();
-    put_chunk<D, PARTS>(ks, 1.f, y), put_chunk<M, 1>(vs, 1.f, z);
+    const float by = SCALED ? lift<T>(tops) : 1.f, back = (TRANSPOSE ? scale : 1.f) / by;
+    put_chunk<D, PY>(ys, by, from_y), put_chunk<M, 1>(zs, 1.f, from_z);
+    if (SCALED && t < C) e[t] = start + t < last ? delta_h[start + t] : 0.f;
     __syncthreads();
-    add_outer_tiles<DT, MT, ROW<D>, ROW<M>, PARTS, 1>(ks, vs, S, 1.f);
-    if (NORM && t < D)
-      for (int j = 0; j < C; ++j) sum += whole<PARTS>(ks + j * ROW<D> + t, C * ROW<D>);
+    add_outer_tiles<DT, MT, LD, ROW<M>, PY, 1>(ys, zs, S, back);
+    if (NORM && t < D) {
+      float more = 0;
+      for (int j = 0; j < C; ++j) more += whole<PY>(ys + j * LD + t, C * LD) * (SCALED ? e[j] : 1.f);
+      sum += back * more;
+    }
   }
   __syncthreads();
 #pragma unroll
@@ -202,6 +238,12 @@ __global__ void __launch_bounds__(THREADS, 2) group_states_tc(const T* __restric
   if (t < D) state[(long long)D * M + t] = sum;
 }
 
+// Row a of Sᵀ from c on; S has D rows of M numbers
+template <int D, int M> __device__ __forceinline__ void four_turned(const float* S, int a, int c, float (&x)[4]) {
+#pragma unroll
+  for (int b = 0; b < 4; ++b) x[b] = a < M && c + b < D ? S[(c + b) * M + a] : 0.f;
+}
+
 // --- (c) outputs ----------------------------------------------------------------------------------------------------------------------
 
 // `walk` of linear.cu with all products on tensor cores; x, y and z take PX, PY, PZ parts. The functions:
@@ -211,10 +253,10 @@ __global__ void __launch_bounds__(THREADS, 2) group_states_tc(const T* __restric
 // S stays in the warps' Tiles; its parts lie in shared memory. Between barriers, for each chunk:
 //
 //     x  |  y, z  |  scores = X Yᵀ;  past = X S;  S += Yᵀ Z;  sums  |  weights, den  |  near = weights Z;  s, n  |  o;  parts of S
-template <typename T, int W, int V, int PX, int PY, int PZ, bool EXTRA, bool NORM, bool REVERSE, class X, class E, class Y, class Z, class F,
+template <typename T, int W, int V, int PX, int PY, int PZ, bool LIFT, bool EXTRA, bool NORM, bool REVERSE, class X, class E, class Y, class Z, class F,
           class S, class SE, class SN, class Store>
-__device__ __forceinline__ void walk_tiles(unsigned char* bytes, int first, int last, int shared, X x, E e, Y y, Z z, F f, S S0, SE s0, SN n0,
-                                           Store store) {
+__device__ __forceinline__ void walk_tiles(unsigned char* bytes, int first, int last, int shared, float weight, X x, E e, Y y, Z z, F f, S S0,
+                                           SE s0, SN n0, Store store) {
   constexpr int C = CHUNK, WP = up(W, 16), WT = WP / 16, VT = V / 16, EACH = (WT * VT + WARPS - 1) / WARPS, LD = ROW<W>, LDZ = ROW<V>, LDP = ROW<C>;
   constexpr int Y_SIZE = larger(PY * C * LD, 2 * C * LDP), YZ_SIZE = larger(Y_SIZE + PZ * C * LDZ, 2 * WARPS * STAGE);
   static_assert(C == 32 && C / 16 * VT <= WARPS && V == VT * 16, "a lane has one score of a row, a warp one tile of o");
@@ -222,24 +264,22 @@ __device__ __forceinline__ void walk_tiles(unsigned char* bytes, int first, int 
   T* weights = ys;                                                      // over y, when the scores are there
   float* scores = reinterpret_cast<float*>(parts + 2 * WP * LDZ);
   float *s = scores + C * SCORE_ROW, *n = s + V, *es = n + WP, *fs = es + C, *den = fs + C, *lowered = den + C, *tops = lowered + C;
+  float* tops_yz = tops + WARPS;
   const int t = threadIdx.x, warp = t / 32, lane = t % 32, row = lane_row(), quad = lane_column(), r = warp / VT * 16, c = warp % VT * 16;
   float* stage = reinterpret_cast<float*>(ys) + warp * STAGE;           // over y, z and weights, between near and the next y
   Tile state[EACH];
   float raised, sunk;                                                   // the power of two in the state's parts, and its inverse
 
-  const auto leave_top = [&]() {                                        // of |S| in this warp's tiles
-    if constexpr (SMALL_RANGE<T>) {
-      float top = 0;
+  const auto leave_state_top = [&]() {
+    float top[EACH][8];
 #pragma unroll
-      for (int m = 0; m < EACH; ++m)
+    for (int m = 0; m < EACH; ++m)
 #pragma unroll
-        for (int b = 0; b < state[m].num_elements; ++b) top = fmaxf(top, fabsf(state[m].x[b]));
-      top = warp_max(top);
-      if (lane == 0) tops[warp] = top;
-    }
+      for (int b = 0; b < 8; ++b) top[m][b] = state[m].x[b];
+    leave_top<T>(tops, top);
   };
   const auto split_state = [&]() {
-    raised = lift<T>(SMALL_RANGE<T> ? block_max(tops) : 0.f), sunk = 1 / raised;
+    raised = lift<T>(tops), sunk = 1 / raised;
 #pragma unroll
     for (int m = 0; m < EACH; ++m) {
       const int nth = warp + m * WARPS;
@@ -263,7 +303,7 @@ __device__ __forceinline__ void walk_tiles(unsigned char* bytes, int first, int 
   }
   if (EXTRA && t < V) s[t] = s0(t);
   if (NORM && t < W) n[t] = n0(t);
-  leave_top();
+  leave_state_top();
   __syncthreads();
   split_state();
 
@@ -271,7 +311,6 @@ __device__ __forceinline__ void walk_tiles(unsigned char* bytes, int first, int 
   for (int step = 0; step < chunks; ++step) {
     const int start = first + (REVERSE ? chunks - 1 - step : step) * C;
     float o[2][4] = {}, quads[QUADS<W>][4];
-    Tile near, past;
     fetch<W>(quads, [&](int a, int b, float (&to)[4]) { x(start + a, b, to); });
     put_chunk<W, PX>(xs, 1.f, quads);
     for (int g = 0; g < shared; ++g) {
@@ -279,8 +318,11 @@ __device__ __forceinline__ void walk_tiles(unsigned char* bytes, int first, int 
       if (EXTRA && t < C) fs[t] = f(g, start + t);
       fetch<W>(from_y, [&](int a, int b, float (&to)[4]) { y(g, start + a, b, to); });
       fetch<V>(from_z, [&](int a, int b, float (&to)[4]) { z(g, start + a, b, to); });
+      if constexpr (LIFT && PY == 2) leave_top<T>(tops_yz, from_y);
+      if constexpr (LIFT && PZ == 2) leave_top<T>(tops_yz, from_z);
       __syncthreads();
-      put_chunk<W, PY>(ys, 1.f, from_y), put_chunk<V, PZ>(zs, 1.f, from_z);
+      const float by = LIFT ? lift<T>(tops_yz) : 1.f, back = weight / by;
+      put_chunk<W, PY>(ys, PY == 2 ? by : 1.f, from_y), put_chunk<V, PZ>(zs, PZ == 2 ? by : 1.f, from_z);
       __syncthreads();
       if (EXTRA && g == 0) e(start, xs, es);
       if (warp < 3) {                                                   // tiles (0, 0), (1, 0) or (0, 1), (1, 1): the fourth is hidden
@@ -292,14 +334,15 @@ __device__ __forceinline__ void walk_tiles(unsigned char* bytes, int first, int 
           add_product<Rows<T>, ColumnsTurned<T>, PX, PY>(tile, xs + a * LD + w, LD, C * LD, ys + b * LD + w, LD, C * LD);
         wmma::store_matrix_sync(scores + a * SCORE_ROW + b, tile, SCORE_ROW, wmma::mem_row_major);
       }
+      Tile near, past;
+      wmma::fill_fragment(past, 0.f);
       if (g == 0 && r < C) {
-        wmma::fill_fragment(past, 0.f);
 #pragma unroll 1
         for (int w = 0; w < WP; w += 16)
           add_product<Rows<T>, Columns<T>, PX, 2>(past, xs + r * LD + w, LD, C * LD, parts + w * LDZ + c, LDZ, WP * LDZ);
       }
-      add_outer_tiles<WT, VT, LD, LDZ, PY, PZ>(ys, zs, state, 1.f);
-      leave_top();
+      add_outer_tiles<WT, VT, LD, LDZ, PY, PZ>(ys, zs, state, back);
+      leave_state_top();
       float more_s = 0, more_n = 0;
       if (EXTRA && t < V)
         for (int j = 0; j < C; ++j) more_s += fs[j] * whole<PZ>(zs + j * LDZ + t, C * LDZ);
@@ -314,25 +357,25 @@ __device__ __forceinline__ void walk_tiles(unsigned char* bytes, int first, int 
       for (int i = warp; i < C; i += WARPS) {
         float score = 0;                                                // not times 0: a hidden score may be infinite
         if (REVERSE ? lane >= i : lane <= i) score = EXTRA ? scores[i * SCORE_ROW + lane] + es[i] * fs[lane] : scores[i * SCORE_ROW + lane];
-        const float by = lift<T>(SMALL_RANGE<T> ? warp_max(fabsf(score)) : 0.f), lifted = score * by;
+        const float up = lift<T>(SMALL_RANGE<T> ? warp_max(fabsf(score)) : 0.f), lifted = score * up;
         const T hi = narrow<T>(lifted), lo = narrow<T>(lifted - widen(hi));
         weights[i * LDP + lane] = hi, weights[(C + i) * LDP + lane] = lo;
         if constexpr (NORM) {
-          float sum = (widen(hi) + widen(lo)) / by;
+          float sum = (widen(hi) + widen(lo)) / up;
           for (int a = lane; a < W; a += 32) sum += whole<PX>(xs + i * LD + a, C * LD) * n[a];
           sum = warp_sum(sum);
           if (lane == 0) den[i] = sum;
         }
-        if (lane == 0) lowered[i] = 1 / by;
+        if (lane == 0) lowered[i] = back / up;
       }
       __syncthreads();
+      wmma::fill_fragment(near, 0.f);
       if (r < C) {
-        wmma::fill_fragment(near, 0.f);
 #pragma unroll 1
         for (int j = REVERSE ? r : 0; j <= (REVERSE ? C - 16 : r); j += 16)
           add_product<Rows<T>, Columns<T>, 2, PZ>(near, weights + r * LDP + j, LDP, C * LDP, zs + j * LDZ + c, LDZ, C * LDZ);
       }
-      if (EXTRA && t < V) s[t] += more_s;
+      if (EXTRA && t < V) s[t] += back * more_s;
       if (NORM && t < W) n[t] += more_n;
       __syncthreads();
       if (r < C) {
@@ -360,7 +403,7 @@ __device__ __forceinline__ void walk_tiles(unsigned char* bytes, int first, int 
 }
 
 template <typename T, int D, int M, int FEATURE, bool NORM>
-__global__ void __launch_bounds__(THREADS, 2) group_outputs_tc(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
+__global__ void __launch_bounds__(THREADS, RESIDENT<D, M>) group_outputs_tc(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
                                                                const float* __restrict__ states, T* __restrict__ out,
                                                                float* __restrict__ inv, const int* __restrict__ query_lengths,
                                                                const int* __restrict__ key_lengths, int N, int groups, int rows, int shared,
@@ -372,8 +415,8 @@ __global__ void __launch_bounds__(THREADS, 2) group_outputs_tc(const T* __restri
   const int column = blockIdx.y * V, real_q = real_rows(query_lengths, g.head, N), real_k = real_rows(key_lengths, kv, N);
   const float* state = states + (kv * groups + g.nth) * STATE_SIZE<D, M>;
   const T *qh = q + g.head * N * D, *kh = k + kv * N * D, *vh = v + kv * N * M;
-  walk_tiles<T, D, V, PARTS, PARTS, 1, false, NORM, false>(
-      bytes, g.first, g.last, 1,
+  walk_tiles<T, D, V, PARTS, PARTS, 1, false, false, NORM, false>(
+      bytes, g.first, g.last, 1, 1.f,
       [&](int i, int c, float (&x)[4]) { four<D, FEATURE>(qh, i, c, i < real_q, x); },
       [](int, const T*, float*) {},
       [&](int, int j, int c, float (&x)[4]) { four<D, FEATURE>(kh, j, c, j < real_k, x); },
@@ -391,5 +434,115 @@ __global__ void __launch_bounds__(THREADS, 2) group_outputs_tc(const T* __restri
         for (int b = 0; b < 4; ++b) o[b] = i < real_q ? scale * o[b] * by : 0.f;
         if (NORM && column + c == 0) inv[g.head * N + i] = by;
         put4<M>(out + (g.head * N + i) * M, column + c, o);
+      });
+}
+
+// dq_i = φ'(q_i) ⊙ scale·c_i (S do_i + δ_i z + Σ_{j≤i} (do_i·v_j + δ_i) φ(k_j)), and δ, which the other two need
+template <typename T, int D, int M, int FEATURE, bool NORM>
+__global__ void __launch_bounds__(THREADS, RESIDENT<D, M>)
+group_dq_tc(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, const T* __restrict__ dout, const T* __restrict__ out,
+            const float* __restrict__ states, const float* __restrict__ inv, float* __restrict__ delta, T* __restrict__ dq,
+            const int* __restrict__ query_lengths, const int* __restrict__ key_lengths, int N, int groups, int rows, int shared, float scale) {
+  extern __shared__ __align__(32) unsigned char bytes[];
+  constexpr int V = COLUMNS<D>;
+  const Group g(groups, rows, N);
+  const long long kv = g.head / shared;
+  const int column = blockIdx.y * V, real_q = real_rows(query_lengths, g.head, N), real_k = real_rows(key_lengths, kv, N);
+  const float *state = states + (kv * groups + g.nth) * STATE_SIZE<D, M>, *inv_h = inv + g.head * N;
+  const T *qh = q + g.head * N * D, *kh = k + kv * N * D, *vh = v + kv * N * M, *doh = dout + g.head * N * M, *outh = out + g.head * N * M;
+  walk_tiles<T, M, V, 1, 1, FEATURE ? 2 : 1, false, NORM, false, false>(
+      bytes, g.first, g.last, 1, 1.f,
+      [&](int i, int c, float (&x)[4]) { four<M, 0>(doh, i, c, i < real_q, x); },
+      [&](int start, const T* xs, float* es) {                          // δ of each row, by a warp: x holds do
+        for (int r = threadIdx.x / 32; r < CHUNK; r += WARPS) {
+          float sum = 0;
+          if (start + r < real_q)
+            for (int a = threadIdx.x % 32; a < M; a += 32) sum -= widen(xs[r * ROW<M> + a]) * widen(outh[(long long)(start + r) * M + a]);
+          sum = warp_sum(sum);
+          if (threadIdx.x % 32 == 0) {
+            es[r] = sum;
+            if (column == 0 && start + r < g.last) delta[g.head * N + start + r] = sum;
+          }
+        }
+      },
+      [&](int, int j, int c, float (&x)[4]) { four<M, 0>(vh, j, c, j < real_k, x); },
+      [&](int, int j, int c, float (&x)[4]) { four<D, FEATURE>(kh, j, column + c, j < real_k, x); },
+      [&](int, int j) { return j < real_k ? 1.f : 0.f; },
+      [&](int a, int c, float (&x)[4]) { four_turned<D, M>(state, a, column + c, x); },
+      [&](int c) { return column + c < D ? state[D * M + column + c] : 0.f; },
+      [](int) { return 0.f; },
+      [&](int i, int c, float (&o)[4], float) {
+        if (i >= g.last) return;
+        const float by = NORM && i < real_q ? scale * inv_h[i] : scale;
+        put_slope<D, FEATURE>(dq + (g.head * N + i) * D, qh + (long long)i * D, column + c, i < real_q, by, o);
+      });
+}
+
+// dk_i = φ'(k_i) ⊙ (R v_i + r + scale·Σ_{j≥i} (v_i·do_j + δ_j) c_j φ(q_j)), over the query heads that share the key
+template <typename T, int D, int M, int FEATURE, bool NORM>
+__global__ void __launch_bounds__(THREADS, RESIDENT<D, M>)
+group_dk_tc(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, const T* __restrict__ dout,
+            const float* __restrict__ states, const float* __restrict__ inv, const float* __restrict__ delta, T* __restrict__ dk,
+            const int* __restrict__ query_lengths, const int* __restrict__ key_lengths, int N, int groups, int rows, int shared, float scale) {
+  extern __shared__ __align__(32) unsigned char bytes[];
+  constexpr int V = COLUMNS<D>;
+  const Group g(groups, rows, N);
+  const long long head = g.head * shared;
+  const int column = blockIdx.y * V, real_k = real_rows(key_lengths, g.head, N);
+  const float* state = states + (head * groups + g.nth) * STATE_SIZE<D, M>;
+  const T *kh = k + g.head * N * D, *vh = v + g.head * N * M;
+  walk_tiles<T, M, V, 1, 1, FEATURE || NORM ? 2 : 1, NORM, NORM, false, true>(
+      bytes, g.first, g.last, shared, scale,
+      [&](int i, int c, float (&x)[4]) { four<M, 0>(vh, i, c, i < real_k, x); },
+      [&](int start, const T*, float* es) {
+        if (threadIdx.x < CHUNK) es[threadIdx.x] = start + (int)threadIdx.x < real_k ? 1.f : 0.f;
+      },
+      [&](int h, int j, int c, float (&x)[4]) { four<M, 0>(dout + (head + h) * N * M, j, c, j < real_rows(query_lengths, head + h, N), x); },
+      [&](int h, int j, int c, float (&x)[4]) {
+        scaled<D, FEATURE, NORM>(q + (head + h) * N * D, inv + (head + h) * N, j, column + c, j < real_rows(query_lengths, head + h, N), x);
+      },
+      [&](int h, int j) { return j < real_rows(query_lengths, head + h, N) ? delta[(head + h) * N + j] : 0.f; },
+      [&](int a, int c, float (&x)[4]) { four_turned<D, M>(state, a, column + c, x); },
+      [&](int c) { return column + c < D ? state[D * M + column + c] : 0.f; },
+      [](int) { return 0.f; },
+      [&](int i, int c, float (&o)[4], float) {
+        if (i < g.last) put_slope<D, FEATURE>(dk + (g.head * N + i) * D, kh + (long long)i * D, column + c, i < real_k, 1.f, o);
+      });
+}
+
+// dv_i = Rᵀ φ(k_i) + scale·Σ_{j≥i} (φ(k_i)·c_j φ(q_j)) do_j, over the query heads that share the value
+template <typename T, int D, int M, int FEATURE, bool NORM>
+__global__ void __launch_bounds__(THREADS, RESIDENT<D, M>)
+group_dv_tc(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ dout, const float* __restrict__ states,
+            const float* __restrict__ inv, T* __restrict__ dv, const int* __restrict__ query_lengths, const int* __restrict__ key_lengths, int N,
+            int groups, int rows, int shared, float scale) {
+  extern __shared__ __align__(32) unsigned char bytes[];
+  constexpr int V = COLUMNS<M>;
+  const Group g(groups, rows, N);
+  const long long head = g.head * shared;
+  const int column = blockIdx.y * V, real_k = real_rows(key_lengths, g.head, N);
+  const float* state = states + (head * groups + g.nth) * STATE_SIZE<D, M>;
+  const T* kh = k + g.head * N * D;
+  walk_tiles<T, D, V, FEATURE ? 2 : 1, FEATURE || NORM ? 2 : 1, 1, NORM, false, false, true>(
+      bytes, g.first, g.last, shared, scale,
+      [&](int i, int c, float (&x)[4]) { four<D, FEATURE>(kh, i, c, i < real_k, x); },
+      [](int, const T*, float*) {},
+      [&](int h, int j, int c, float (&x)[4]) {
+        scaled<D, FEATURE, NORM>(q + (head + h) * N * D, inv + (head + h) * N, j, c, j < real_rows(query_lengths, head + h, N), x);
+      },
+      [&](int h, int j, int c, float (&x)[4]) {
+        four<M, 0>(dout + (head + h) * N * M, j, column + c, j < real_rows(query_lengths, head + h, N), x);
+      },
+      [](int, int) { return 0.f; },
+      [&](int a, int c, float (&x)[4]) {
+        if (a < D) get4<M>(state + a * M, column + c, x);
+      },
+      [](int) { return 0.f; },
+      [](int) { return 0.f; },
+      [&](int i, int c, float (&o)[4], float) {
+        if (i >= g.last) return;
+#pragma unroll
+        for (int b = 0; b < 4; ++b) o[b] = i < real_k ? o[b] : 0.f;
+        put4<M>(dv + (g.head * N + i) * M, column + c, o);
       });
 }
