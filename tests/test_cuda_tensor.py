@@ -294,14 +294,14 @@ def test_without_the_headers_of_cuda_the_error_says_what_to_install(simt):
 
 SYNC = "      __syncthreads();\n"
 PLANTED = {
-    "no barrier between loading and products": ("(zs, 1.f, from_z);\n" + SYNC, "(zs, 1.f, from_z);\n", "race"),
-    "no barrier before y lies over the tiles of o": ("z(g, start + a, b, to); });\n" + SYNC, "z(g, start + a, b, to); });\n", "race"),
+    "no barrier between loading and products": ("PZ == 2 ? by : 1.f, from_z);\n" + SYNC, "PZ == 2 ? by : 1.f, from_z);\n", "race"),
+    "no barrier before y lies over the tiles of o": ("(tops_yz, from_z);\n" + SYNC, "(tops_yz, from_z);\n", "race"),
     "no barrier between scores and weights": (
         "more_n += whole<PY>(ys + j * LD + t, C * LD);\n" + SYNC, "more_n += whole<PY>(ys + j * LD + t, C * LD);\n", "race"),
-    "no barrier between weights and products": ("lowered[i] = 1 / by;\n      }\n" + SYNC, "lowered[i] = 1 / by;\n      }\n", "race"),
+    "no barrier between weights and products": ("lowered[i] = back / up;\n      }\n" + SYNC, "lowered[i] = back / up;\n      }\n", "race"),
     "no barrier before the tiles of o lie over weights": ("n[t] += more_n;\n" + SYNC, "n[t] += more_n;\n", "race"),
     "no barrier between loading and a group's state": (
-        "(vs, 1.f, z);\n    __syncthreads();\n", "(vs, 1.f, z);\n", "race"),
+        "? delta_h[start + t] : 0.f;\n    __syncthreads();\n", "? delta_h[start + t] : 0.f;\n", "race"),
     "no barrier before the tiles lie over k and v": ("  }\n  __syncthreads();\n#pragma", "  }\n#pragma", "race"),
     "no __syncwarp before the next tile": ("x[1]);\n  __syncwarp();\n}\n__device__", "x[1]);\n}\n__device__", "race"),
     "the fourth tile of scores is read": ("(REVERSE ? lane >= i : lane <= i)", "(REVERSE || true)", "uninitialised"),
@@ -312,23 +312,34 @@ PLANTED = {
                                           "past, xs + r * LD + w, LD, C * LD, parts + w * LDZ + c, LDZ, 0 * LDZ", "wrong"),
     "the low part of the weights is lost": ("lo = narrow<T>(lifted - widen(hi));", "lo = narrow<T>(0.f);", "wrong"),
     "the low part of φ is lost": ("put4<4>(at + more, 0, rest)", "put4<4>(at + more, 0, {0, 0, 0, 0})", "wrong"),
-    "the parts change before they are read": ("      leave_top();\n      float", "      leave_top();\n      split_state();\n      float", "race"),
+    "the parts change before they are read": ("      leave_state_top();\n      float", "      leave_state_top();\n      split_state();\n      float", "race"),
     "padding is mapped": ("c + b < W ? phi<FEATURE>(x[b]) : 0.f", "phi<FEATURE>(x[b])", "wrong"),
     "the power of two is forgotten": ("part[u][b] * lowered[r + row + 8 * u]", "part[u][b]", "wrong"),
     "keys behind their length": ("(kh, j, c, j < real_k, x)", "(kh, j, c, j < N, x)", "wrong"),
     "scale outside of the normaliser": ("inverse(scale * den + eps)", "inverse(den + eps)", "wrong"),
     "the key sum stands still": ("n[t] += more_n", "n[t] += 0 * more_n", "wrong"),
 }
+PLANTED_BACKWARD = {
+    "the mask of the forward in the backward": ("(REVERSE ? lane >= i : lane <= i)", "(lane <= i)", "uninitialised"),
+    "the chunks of the forward in the backward": ("(REVERSE ? chunks - 1 - step : step) * C;\n    float o", "step * C;\n    float o", "wrong"),
+    "the power of two of c φ(q) stays in a group's state": ("PY, 1>(ys, zs, S, back)", "PY, 1>(ys, zs, S, 1.f)", "wrong"),
+    "the power of two of c φ(q) stays in the state": ("(ys, zs, state, back)", "(ys, zs, state, weight)", "wrong"),
+    "one over den is forgotten": ("? scale * inv_h[i] : scale", "? scale : scale", "wrong"),
+    "the normaliser's path is forgotten": ("delta[g.head * N + start + r] = sum", "delta[g.head * N + start + r] = 0 * sum", "wrong"),
+    "the normaliser's row of the state stands still": ("s[t] += back * more_s", "s[t] += 0 * more_s", "wrong"),
+    "S is not turned": ("S[(c + b) * M + a]", "S[a * D + c + b]", "wrong"),
+    "the group's heads are not summed": ("g < shared; ++g) {\n      float from_y", "g < 1; ++g) {\n      float from_y", "wrong"),
+}
 
 
-def judged(cp, rng):
+def judged(cp, rng, backward):
     """Runs some groups of a size that fills no tile: with φ, normaliser and lengths; with φ, normaliser, state and scale; without."""
     arrays = problem(rng, KINDS["float16"], 20, 36, 90, (), 2, 2)
     stateless = [0 * x if n in (3, 4, 6, 7) else x for n, x in enumerate(arrays)]
     for given_, options in ((stateless, {"feature": 1, "normalised": True, "query_lengths": np.array([90, 50, 90, 3]), "key_lengths": np.array([90, 60])}),
                             (arrays, {"feature": 1, "normalised": True, "scale": 0.25, "eps": 0.5}), (arrays, {"scale": 3.0})):
         try:
-            assert_right(run(cp, *given_, **options), *given_, **options)
+            assert_right(run(cp, *given_[:None if backward else 5], **options), *given_, **options)
         except AssertionError:
             return "wrong"
     return "right"
@@ -336,20 +347,22 @@ def judged(cp, rng):
 
 def test_the_kernels_themselves_pass(simt, small_groups, rng):
     with simt.audit():
-        assert judged(simt, rng) == "right"
+        assert judged(simt, rng, True) == "right"
 
 
-@pytest.mark.parametrize("bug", PLANTED)
+@pytest.mark.parametrize("bug", [*PLANTED, *PLANTED_BACKWARD])
 def test_each_planted_bug_is_caught(simt, bug, small_groups, monkeypatch, rng):
-    right, wrong, shows = PLANTED[bug]
-    source = launch.source(True)
+    backward = bug in PLANTED_BACKWARD
+    right, wrong, shows = {**PLANTED, **PLANTED_BACKWARD}[bug]
+    source, names = launch.source(True), launch.names
     assert source.count(right) == 1, "the place where the bug is planted has changed"
     monkeypatch.setattr(launch, "source", lambda tensor: source.replace(right, wrong))
+    monkeypatch.setattr(launch, "names", lambda *a: {n: x for n, x in names(*a).items() if n in FORWARD + BACKWARD * backward})
     if shows == "wrong":
-        assert judged(simt, rng) == "wrong"
+        assert judged(simt, rng, backward) == "wrong"
     else:
         with simt.audit(), pytest.raises(RuntimeError, match=shows):
-            judged(simt, rng)
+            judged(simt, rng, backward)
 
 
 # --- what the compiler says -----------------------------------------------------------------------------------------------------------------
