@@ -1,25 +1,42 @@
 // Rule `linear` for half and bfloat16 on tensor cores: phases (a) and (c) of linear.cu as products of tiles of 16 × 16 × 16.
 //
-// | kernel            | computes                                                          | one block takes                        |
-// |-------------------|-------------------------------------------------------------------|----------------------------------------|
-// | group_states_tc   | (a) each group's own Σ_j k_j v_jᵀ and Σ_j k_j                      | a group                                |
-// | group_outputs_tc  | (c) O = tril(Q Kᵀ) V + Q S, S ← S + Kᵀ V, chunk by chunk           | a group, 64 columns of v               |
+// | kernel           | computes                                                            | one block takes                             |
+// |------------------|---------------------------------------------------------------------|---------------------------------------------|
+// | group_states_tc  | (a) each group's own Σ_j k_j v_jᵀ and Σ_j k_j, or Σ_j φ(q_j) G_jᵀ    | a group                                     |
+// | group_outputs_tc | (c) out from the state before the group (eq. 12)                    | a group, 64 columns of the state            |
+// | group_dq_tc      | δ_i = -do_i·out_i, dφ(q)_i = S_i G_i (eq. 13)                       | the same                                    |
+// | group_dk_tc      | dφ(k)_i = R_i [v_i | 1]  (eq. 14)                                   | the same                                    |
+// | group_dv_tc      | dv_i = R_iᵀ φ(k_i)  (eq. 15)                                        | the same                                    |
 //
-// Arrays, states, lengths, FEATURE and NORM are those of linear.cu, and so is phase (b). Rows and columns beyond D and M are zeros up to a
-// multiple of 16. bfloat16 needs sm_80, half sm_75.
+// Arrays, states, lengths, FEATURE, NORM and arguments are those of linear.cu, and so is phase (b). Rows and columns beyond D and M are zeros
+// up to a multiple of 16. bfloat16 needs sm_80, half sm_75.
+//
+// G_j = c_j [do_j | δ_j] with c_j = 1 / (den_j + ε): do_j is a number of T, and the float c_j goes where it costs least. All of (c) is
+//
+//     o_i = Sᵀ x_i + e_i s + weight·Σ_{j≤i} (x_i·y_j + e_i f_j) z_j                                     (j ≥ i for dk and dv)
+//
+// |     | x    | e | y      | f | z      | S  | s                     | parts of x, y, z | weight |                      |
+// |-----|------|---|--------|---|--------|----|-----------------------|------------------|--------|----------------------|
+// | out | φ(q) |   | φ(k)   |   | v      | S  |                       | 2, 2, 1          | 1      | times scale·c_i      |
+// | dq  | do   | δ | v      | 1 | φ(k)   | Sᵀ | z, the sum of keys    | 1, 1, 2          | 1      | times scale·c_i      |
+// | dk  | v    | 1 | do     | δ | c φ(q) | Rᵀ | r, that of δ_j c_jφ(q_j) | 1, 1, 2       | scale  |                      |
+// | dv  | φ(k) |   | c φ(q) |   | do     | R  |                       | 2, 2, 1          | scale  |                      |
 //
 // What is rounded. With u the roundoff of T (2⁻¹¹ half, 2⁻⁸ bfloat16), a float x enters a product as two parts of T, x = hi + lo,
 // hi = T(x), lo = T(x - hi), which leave at most u²·|x|; lo·lo, another u², is left out. What T holds exactly is one part.
 //
-// 1. φ(q) and φ(k), where φ is not the identity: two parts. In half no number is smaller than 2⁻²⁴: 2⁻²⁵ is left where that is more.
-// 2. Scores and the state before a chunk: two parts. Half ends at 2⁻²⁴ and 2¹⁶, so each row of scores, and the block's state, is first
-//    brought to a maximum in [2¹⁴, 2¹⁵) by a power of two: what is left is at most max(u²·|x|, 2⁻³⁹·max |x|), and nothing overflows.
+// 1. φ(q) and φ(k), where φ is not the identity: two parts. In half no number is smaller than 2⁻²⁴: 2⁻²⁵ is left where that is more. No power
+//    of two comes before, for it would be one for all keys of a chunk, since S adds them up, and the later would reach the earlier.
+// 2. Scores, the state before a chunk, and c φ(q): two parts. Half ends at 2⁻²⁴ and 2¹⁶, so each row of scores, the block's state, and a
+//    chunk of c φ(q), is first brought to a maximum in [2¹⁴, 2¹⁵) by a power of two: what is left is at most max(u²·|x|, 2⁻³⁹·max |x|), and
+//    nothing overflows.
 // 3. Sums are floats. A tensor core adds b ≥ 4 products at a time to a sum, and cuts each addend, and the result, off at the last place of
 //    the largest: 2(b + 2)/b ≤ 3 roundings for each product, where a float sum has one. den adds up hi + lo.
-// 4. out, once, to T.
+// 4. Results of T, once, to T.
 //
-// So a score is off by 3u² (φ(q), φ(k), lo·lo), its weight by 4u², num and den by 4u² of the same sums of |v| and of 1, out by 8u² of the first over
-// den; and the state by u² of its own sum. `testing/tensor_budget.py` adds it all up. A score or a state that is infinite becomes NaN.
+// So a score is off by 3u² (φ(q), φ(k), lo·lo), its weight by 4u², num and den by 4u² of the same sums of |v| and of 1, out by 8u² of the
+// first over den; S by u² of its own sum. c is off by 4u², c φ(q) by 5u², δ by 8u², and each term of a gradient by at most 15u²:
+// `testing/tensor_budget.py` adds it all up. A score or a state that is infinite becomes NaN.
 #include "linear.cu"
 #include <mma.h>
 
