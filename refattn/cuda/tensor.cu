@@ -193,7 +193,8 @@ __device__ __forceinline__ void add_outer_tiles(const T* Y, const T* Z, Tile (&S
     wmma::fill_fragment(sum, 0.f);
 #pragma unroll 1
     for (int j = 0; j < CHUNK; j += 16)
-      add_product<RowsTurned<T>, Columns<T>, PY, PZ>(sum, Y + j * LDY + nth / VT * 16, LDY, CHUNK * LDY, Z + j * LDZ + nth % VT * 16, LDZ, CHUNK * LDZ);
+      add_product<RowsTurned<T>, Columns<T>, PY, PZ>(sum, Y + j * LDY + nth / VT * 16, LDY, CHUNK * LDY, Z + j * LDZ + nth % VT * 16, LDZ,
+                                                     CHUNK * LDZ);
 #pragma unroll
     for (int e = 0; e < sum.num_elements; ++e) S[n].x[e] += by * sum.x[e];
   }
@@ -203,12 +204,13 @@ __device__ __forceinline__ void add_outer_tiles(const T* Y, const T* Z, Tile (&S
 
 // As group_states of linear.cu: of φ(k_j) [v_j | 1]ᵀ, or, if TRANSPOSE, of scale·φ(q_j) G_jᵀ as scale·(c_j φ(q_j)) [do_j | δ_j]ᵀ; `delta` holds δ
 template <typename T, int D, int M, int FEATURE, bool NORM, bool TRANSPOSE>
-__global__ void __launch_bounds__(THREADS, RESIDENT<D, M>) group_states_tc(const T* __restrict__ y, const T* __restrict__ z, const float* __restrict__ inv,
-                                                              const float* __restrict__ delta, float* __restrict__ states,
-                                                              const int* __restrict__ lengths, int N, int groups, int rows, float scale) {
+__global__ void __launch_bounds__(THREADS, RESIDENT<D, M>)
+group_states_tc(const T* __restrict__ y, const T* __restrict__ z, const float* __restrict__ inv, const float* __restrict__ delta,
+                float* __restrict__ states, const int* __restrict__ lengths, int N, int groups, int rows, float scale) {
   extern __shared__ __align__(32) unsigned char bytes[];
   constexpr bool SCALED = NORM && TRANSPOSE;
-  constexpr int C = CHUNK, LD = ROW<D>, DT = up(D, 16) / 16, MT = up(M, 16) / 16, EACH = (DT * MT + WARPS - 1) / WARPS, PY = FEATURE || SCALED ? 2 : 1;
+  constexpr int C = CHUNK, LD = ROW<D>, DT = up(D, 16) / 16, MT = up(M, 16) / 16, EACH = (DT * MT + WARPS - 1) / WARPS;
+  constexpr int PY = FEATURE || SCALED ? 2 : 1;
   T *ys = reinterpret_cast<T*>(bytes), *zs = ys + PY * C * LD;
   float *e = reinterpret_cast<float*>(zs + C * ROW<M>), *tops = e + C;
   const int t = threadIdx.x, warp = t / 32;
@@ -270,8 +272,8 @@ template <int D, int M> __device__ __forceinline__ void four_turned(const float*
 // S stays in the warps' Tiles; its parts lie in shared memory. Between barriers, for each chunk:
 //
 //     x  |  y, z  |  scores = X Yᵀ;  past = X S;  S += Yᵀ Z;  sums  |  weights, den  |  near = weights Z;  s, n  |  o;  parts of S
-template <typename T, int W, int V, int PX, int PY, int PZ, bool LIFT, bool EXTRA, bool NORM, bool REVERSE, class X, class E, class Y, class Z, class F,
-          class S, class SE, class SN, class Store>
+template <typename T, int W, int V, int PX, int PY, int PZ, bool LIFT, bool EXTRA, bool NORM, bool REVERSE, class X, class E, class Y, class Z,
+          class F, class S, class SE, class SN, class Store>
 __device__ __forceinline__ void walk_tiles(unsigned char* bytes, int first, int last, int shared, float weight, X x, E e, Y y, Z z, F f, S S0,
                                            SE s0, SN n0, Store store) {
   constexpr int C = CHUNK, WP = up(W, 16), WT = WP / 16, VT = V / 16, EACH = (WT * VT + WARPS - 1) / WARPS, LD = ROW<W>, LDZ = ROW<V>, LDP = ROW<C>;
@@ -419,12 +421,12 @@ __device__ __forceinline__ void walk_tiles(unsigned char* bytes, int first, int 
   }
 }
 
+// out = Sᵀφ(q) / (zᵀφ(q) + ε). `inv` takes 1 / (den + ε) of each row, which the backward needs.
 template <typename T, int D, int M, int FEATURE, bool NORM>
-__global__ void __launch_bounds__(THREADS, RESIDENT<D, M>) group_outputs_tc(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
-                                                               const float* __restrict__ states, T* __restrict__ out,
-                                                               float* __restrict__ inv, const int* __restrict__ query_lengths,
-                                                               const int* __restrict__ key_lengths, int N, int groups, int rows, int shared,
-                                                               float scale, float eps) {
+__global__ void __launch_bounds__(THREADS, RESIDENT<D, M>)
+group_outputs_tc(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, const float* __restrict__ states,
+                 T* __restrict__ out, float* __restrict__ inv, const int* __restrict__ query_lengths, const int* __restrict__ key_lengths, int N,
+                 int groups, int rows, int shared, float scale, float eps) {
   extern __shared__ __align__(32) unsigned char bytes[];
   constexpr int V = COLUMNS<M>, PARTS = FEATURE ? 2 : 1;
   const Group g(groups, rows, N);
