@@ -179,7 +179,7 @@ def _rows_at_once(Q: np.ndarray, O: np.ndarray, C: int, S: np.ndarray) -> int:
     heads, G = Q.shape[:2]
     D, M = S.shape[-2:]
     per_chunk = (G + 1) * C * (2 * (D + M) + C) + D * (D + M)
-    return C * max(BUFFER_BYTES // (heads * per_chunk * S.itemsize), 1)
+    return C * max(2 * BUFFER_BYTES // (heads * per_chunk * S.itemsize), 1)
 
 
 def _load(x: np.ndarray | None, rows: slice, C: int, S: np.ndarray) -> np.ndarray | None:
