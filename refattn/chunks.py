@@ -5,8 +5,12 @@ A rule gives two functions of chunks, arrays (..., G, T, C, width) and states (.
     forward(xp, states, S, Q, K, V, …)       -> O, S_end                Q None: only S_end
     backward(xp, states, S, R, dO, Q, K, V, …) -> dS, dQ, dK, dV, …     R the cotangent of S_end
 
-and this file runs them over a whole sequence. Between chunks every rule is affine, S_{c+1} = move_c S_c + add_c, with a diagonal (W, 1) or a
-matrix (D, D) for move_c; `states` gives S before each chunk, or with reverse=True R behind each chunk, R_{c-1} = move_cᵀ R_c + add_c.
+and this file runs them over a whole sequence. Between chunks, each rule is
+
+    S_{c+1} = whole_c S_c + add_c + X_cᵀ U_c,   U_c = U0_c - Y_c S_c
+
+with a diagonal `whole` and, for the delta rules, X, Y, U0 of C rows. `states` gives S before each chunk, U, and S behind the last chunk; or
+with reverse=True the same from the last chunk to the first.
 """
 from __future__ import annotations
 
@@ -20,37 +24,51 @@ from ._blocks import BUFFER_BYTES, blocks, split_groups
 from .causal import each_stack, grouped, in_chunks, like, widen
 
 Residuals = tuple[Any, ...]
-States = Callable[..., tuple[Array, Array]]
+States = Callable[..., tuple[Array, Any, Array]]
 Forward = Callable[..., tuple[Any, Array]]
 Backward = Callable[..., tuple[Array, ...]]
 
-CHUNK = 64         # a power of two: of 32, 64, 128 the fastest for D = M = 64 in float32
+CHUNK = 32         # a power of two: of 16, 32, 64 the fastest for D = M = 64 in float32
 PARTS = 16         # in which the backward cuts a sequence, and each part again, until a part is a block: the states that it holds
 
 
 # --- states between chunks ------------------------------------------------------------------------------------------------------------
 
-def states_one_by_one(move: np.ndarray, add: np.ndarray, S: np.ndarray, *, reverse: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """S before each of T chunks (..., T, D, M), and behind the last; see the top of this file."""
-    seen, diagonal = np.empty_like(add), move.shape[-1] == 1
-    if reverse and not diagonal:
-        move = transposed(move)
-    for c in reversed(range(add.shape[-3])) if reverse else range(add.shape[-3]):
+Update = tuple[Array, Array, Array]       # X, Y, U0
+
+
+def states_one_by_one(whole: np.ndarray | None, add: np.ndarray, S: np.ndarray, update: Update | None = None, *,
+                      reverse: bool = False) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    """S before each of T chunks (..., T, D, M), U (..., T, C, M) or None, and S behind the last; see the top of this file."""
+    seen, T = np.empty(np.broadcast_shapes(add.shape, (*add.shape[:-2], *S.shape[-2:])), S.dtype), add.shape[-3]
+    if update:
+        X, Y, U0 = update
+        X, U = transposed(X), np.empty_like(U0)
+    for c in reversed(range(T)) if reverse else range(T):
         seen[..., c, :, :] = S
-        S = (np.multiply if diagonal else np.matmul)(move[..., c, :, :], S)
-        S += add[..., c, :, :]
-    return seen, S
+        if update:
+            np.subtract(U0[..., c, :, :], Y[..., c, :, :] @ S, out=U[..., c, :, :])
+        S = S + add[..., c, :, :] if whole is None else whole[..., c, :, :] * S + add[..., c, :, :]
+        if update:
+            S += X[..., c, :, :] @ U[..., c, :, :]
+    return seen, U if update else None, S
 
 
-def states_by_doubling(move: Array, add: Array, S: Array, *, reverse: bool = False) -> tuple[Array, Array]:
-    """The same without a loop over chunks: after log₂ T rounds each chunk has the composition of all that lie before it."""
-    xp, diagonal = namespace(add=add), move.shape[-1] == 1
+def states_by_doubling(whole: Array | None, add: Array, S: Array, update: Update | None = None, *,
+                       reverse: bool = False) -> tuple[Array, Array | None, Array]:
+    """The same without a loop over chunks: after log₂ T rounds each chunk has the composition of all the maps S -> move S + add up to it."""
+    xp = namespace(add=add)
+    move: Any = whole
+    if update:
+        X, Y, U0 = update
+        one = xp.eye(S.shape[-2], dtype=S.dtype)
+        move, add = (one if whole is None else one * whole) - transposed(X) @ Y, add + transposed(X) @ U0
 
     def apply(m: Array, x: Array) -> Array:
-        return m * x if diagonal else m @ x
+        return m @ x if update else m * x
 
     if reverse:
-        move, add = xp.flip(move if diagonal else transposed(move), axis=-3), xp.flip(add, axis=-3)
+        move, add = xp.flip(move, axis=-3), xp.flip(add, axis=-3)
     T, shift = add.shape[-3], 1
     add = xp.concat([apply(move[..., :1, :, :], S[..., None, :, :]) + add[..., :1, :, :], add[..., 1:, :, :]], axis=-3)
     while shift < T:
@@ -58,7 +76,9 @@ def states_by_doubling(move: Array, add: Array, S: Array, *, reverse: bool = Fal
         move = xp.concat([move[..., :shift, :, :], apply(move[..., shift:, :, :], move[..., :-shift, :, :])], axis=-3)
         shift *= 2
     seen = xp.concat([S[..., None, :, :], add[..., :-1, :, :]], axis=-3)
-    return (xp.flip(seen, axis=-3) if reverse else seen), add[..., -1, :, :]
+    if reverse:
+        seen = xp.flip(seen, axis=-3)
+    return seen, U0 - Y @ seen if update else None, add[..., -1, :, :]
 
 
 # --- NumPy: blocks of chunks, stacks of heads --------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def decays(a: Array, xp: Any) -> Decays:
 
 
 def decays_backward(dpairs: list[Halves], dbefore: Array, dbehind: Array, dwhole: Array, xp: Any) -> Array:
-    """dg (..., T, C, W) from what the logarithms of all products receive: the tree from the root down. Shapes as in `Decays`, dwhole (..., T, 1, W)."""
+    """dg (..., T, C, W) from what the logarithms of all products receive, dwhole as (..., T, 1, W): the tree from the root down."""
     B, E, w = dbefore[..., None, :, :], dbehind[..., None, :, :], dwhole[..., None, :, :]
     for b_right, e_left in reversed(dpairs):
         s = b_right.shape[-2]

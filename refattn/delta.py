@@ -10,7 +10,7 @@ rule `gated` with u for v. Within a chunk, with b, e and the scores A of `gated`
 a triangular system. With T = (I + Diag(β) B)⁻¹ (the WY representation of a product of I - β k kᵀ)
 
     U = U_0 - W S_0,   U_0 = T Diag(β) V,   W = T Diag(β) (b ⊙ K)
-    O = A U + (b ⊙ Q) S_0          S_C = Diag(b_C) S_0 + (e ⊙ K)ᵀ U = [Diag(b_C) - (e ⊙ K)ᵀ W] S_0 + (e ⊙ K)ᵀ U_0
+    O = A U + (b ⊙ Q) S_0          S_C = Diag(b_C) S_0 + (e ⊙ K)ᵀ U
 
 | form    | function        | cost per head, flops                                  | memory beyond inputs and outputs        | arrays            |
 |---------|-----------------|-------------------------------------------------------|-----------------------------------------|-------------------|
@@ -27,10 +27,10 @@ a triangular system. With T = (I + Diag(β) B)⁻¹ (the WY representation of a 
     dB = tril(-dV Uᵀ, -1)                                                         (I + Diag(β) B) U = Z: d(Diag(β) B) = -dZ Uᵀ
     dβ_t = dZ_t · (v_t - S_0ᵀ (b_t ⊙ k_t) - Σ_{j<t} B_tj u_j)                     Z and Diag(β) B
     dA = tril(dO Uᵀ),   d(e ⊙ K) = U Rᵀ,   d(b ⊙ Q) = dO S_0ᵀ                      as in `gated`
-    dS_0 = [Diag(b_C) - (e ⊙ K)ᵀ W]ᵀ R + (b ⊙ Q)ᵀ dO - Wᵀ Σ Aᵀ dO                 the same, with dU and dV put in
+    dS_0 = Diag(b_C) R + (b ⊙ Q)ᵀ dO - Wᵀ dU                                       O, S_C and U = U_0 - W S_0
 
-T is made by halves from products of blocks, not by a general solver: entry by entry its error is within a small multiple of |T| |I + β B| |T|. For keys
-of length 1 and β ≤ 1 that stays small; where β |k|² > 2 a write overshoots more than it corrects, and state and error grow without limit.
+T is made by halves from products of blocks, not by a general solver: entry by entry its error is within a small multiple of |T| |I + β B| |T|.
+For keys of length 1 and β ≤ 1 that stays small; where β |k|² > 2 a write overshoots more than it corrects, and state and error grow without limit.
 """
 from __future__ import annotations
 
@@ -51,13 +51,11 @@ from .gated import fade, fade_backward
 def _forward(xp: Any, states: States, S: Array, Q: Array | None, K: Array, V: Array, g: Array | None,
              beta: Array) -> tuple[Array | None, Array]:
     """O and the state behind the last chunk; without Q only the state."""
-    p, X, scores = _scores(xp, Q, K, g)
-    U0, W, move, add = _system(xp, K, V, beta, p, strictly_lower(scores[..., -1:, :, :, :], xp))[1:]
-    before, end = states(move, add, S)
-    if Q is None:
-        return None, end
-    U = U0 - W @ before
-    return scores[..., :-1, :, :, :] @ U + times(Q, p and p.before) @ before, end
+    p, _, scores = _scores(xp, Q, K, g)
+    T = unit_lower_inverse(beta * strictly_lower(scores[..., -1:, :, :, :], xp), xp) * transposed(beta)            # T Diag(β)
+    U0, W = T @ V, T @ times(K, p and p.before)
+    before, U, end = states(p and p.whole, xp.zeros_like(V[..., :1, :]), S, (times(K, p and p.behind), W, U0))
+    return None if Q is None else scores[..., :-1, :, :, :] @ U + times(Q, p and p.before) @ before, end
 
 
 def _backward(xp: Any, states: States, S: Array, R: Array, dO: Array, Q: Array, K: Array, V: Array, g: Array | None,
@@ -65,13 +63,14 @@ def _backward(xp: Any, states: States, S: Array, R: Array, dO: Array, Q: Array, 
     """dS_0, dQ, dK, dV, dg, dbeta. The states before the chunks are made once more."""
     p, X, scores = _scores(xp, Q, K, g)
     A, B = scores[..., :-1, :, :, :], strictly_lower(scores[..., -1:, :, :, :], xp)
-    T, U0, W, move, add = _system(xp, K, V, beta, p, B)
-    before, _ = states(move, add, S)
-    U, bQ, bK, eK = U0 - W @ before, times(Q, p and p.before), times(K, p and p.before), times(K, p and p.behind)
+    T = unit_lower_inverse(beta * B, xp)
+    bQ, bK, eK = times(Q, p and p.before), times(K, p and p.before), times(K, p and p.behind)
+    U0, W = T @ (beta * V), T @ (beta * bK)
+    before, U, _ = states(p and p.whole, xp.zeros_like(V[..., :1, :]), S, (eK, W, U0))
 
-    near = over_group(transposed(A) @ dO, xp)
-    behind, dS = states(move, over_group(transposed(bQ) @ dO, xp) - transposed(W) @ near, R, reverse=True)
-    dZ = transposed(T) @ (near + eK @ behind)
+    minus_near = -over_group(transposed(A) @ dO, xp)
+    behind, minus_dU, dS = states(p and p.whole, over_group(transposed(bQ) @ dO, xp), R, (W, eK, minus_near), reverse=True)
+    dZ = -(transposed(T) @ minus_dU)
     dV = beta * dZ
     dbeta = xp.sum(dZ * (V - bK @ before - B @ U), axis=-1, keepdims=True)
     dbQ, dbK, deK = dO @ transposed(before), -(dV @ transposed(before)), U @ transposed(behind)
@@ -90,14 +89,6 @@ def _scores(xp: Any, Q: Array | None, K: Array, g: Array | None) -> tuple[Decays
     p = None if g is None else decays(xp.exp(g), xp)
     X = K if Q is None else xp.concat([Q, K], axis=-4)
     return p, X, pair_scores(X, K, p, xp)
-
-
-def _system(xp: Any, K: Array, V: Array, beta: Array, p: Decays | None, B: Array) -> tuple[Array, Array, Array, Array, Array]:
-    """T, U_0, W, and the chunk's map of states: move and add."""
-    T = unit_lower_inverse(beta * B, xp)
-    U0, W, eK = T @ (beta * V), T @ (beta * times(K, p and p.before)), transposed(times(K, p and p.behind))
-    one = xp.eye(K.shape[-1], dtype=K.dtype)
-    return T, U0, W, (one if p is None else one * p.whole) - eK @ W, eK @ U0
 
 
 # --- the forms ------------------------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from .decay import decays, decays_backward, over_group, pair_scores, pair_scores
 def _forward(xp: Any, states: States, S: Array, Q: Array | None, K: Array, V: Array, g: Array) -> tuple[Array | None, Array]:
     """O and the state behind the last chunk; without Q only the state."""
     p = decays(xp.exp(g), xp)
-    before, end = states(p.whole, transposed(p.behind * K) @ V, S)
+    before, _, end = states(p.whole, transposed(p.behind * K) @ V, S)
     return None if Q is None else pair_scores(Q, K, p, xp) @ V + (p.before * Q) @ before, end
 
 
@@ -50,8 +50,8 @@ def _backward(xp: Any, states: States, S: Array, R: Array, dO: Array, Q: Array, 
     """dS_0, dQ, dK, dV, dg. The states before the chunks are made once more."""
     p = decays(xp.exp(g), xp)
     bQ, eK, A = p.before * Q, p.behind * K, pair_scores(Q, K, p, xp)
-    before, _ = states(p.whole, transposed(eK) @ V, S)
-    behind, dS = states(p.whole, over_group(transposed(bQ) @ dO, xp), R, reverse=True)
+    before, *_ = states(p.whole, transposed(eK) @ V, S)
+    behind, _, dS = states(p.whole, over_group(transposed(bQ) @ dO, xp), R, reverse=True)
     dV = over_group(transposed(A) @ dO, xp) + eK @ behind
     dbQ, deK = dO @ transposed(before), V @ transposed(behind)
     dQ, dK, dpairs = pair_scores_backward(dO @ transposed(V), A, Q, K, p, xp)

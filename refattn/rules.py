@@ -69,7 +69,8 @@ def recurrence(q: Array, k: Array, v: Array, g: Array | None = None, beta: Array
     ------
     ValueError
         For shapes that disagree ("k: expected (..., Hkv, N, D) = …, got …: q and k must share D"), an unknown rule, a g or beta that the
-        rule does not have or that is missing ("beta: rule 'delta' needs it: an array (..., Hkv, N)"), a scale that is not finite, cu_seqlens that do not cover N.
+        rule does not have or that is missing ("beta: rule 'delta' needs it: an array (..., Hkv, N)"), a scale that is not finite,
+        cu_seqlens that do not cover N.
     TypeError
         For arrays that are not arrays, of different libraries, of different dtypes or not real floats.
 
