@@ -25,6 +25,8 @@ from refattn.gated import (
     gated_step_backward,
 )
 from refattn.testing import laws
+from refattn.testing.budgets import assert_within
+from refattn.testing.rules_budget import rules_budget
 from refattn.testing.strategies import rule_cases
 
 RULES = ("gated", "delta", "gated_delta")
@@ -131,3 +133,30 @@ def test_those_sums_are_exact_because_they_fit(rule, dtype, data):
     if dtype == np.float16:
         rounded = [x for name, x in zip(names(c), results, strict=True) if name in ("out", "dq", "dk", "dv")]
         assert max(np.abs(x).max(initial=0) for x in rounded) <= np.finfo(np.float16).max
+
+
+# --- laws with derived bounds --------------------------------------------------------------------------------------------------------
+
+def budget(c, **options):
+    return [x for x in rules_budget(c.q, c.k, c.v, c.g, c.beta, c.state, c.dout, c.dstate, **options) if x is not None]
+
+
+@each_rule
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(st.data())
+def test_rounding_stays_within_the_budget(rule, dtype, data):
+    c = data.draw(rule_cases(rule, dtype=dtype))
+    chunk, expected, bounds = data.draw(chunks), run("step", wide(c)), budget(c)
+    for form in ("chunked", "scan", "masked"):
+        for name, x, y, bound in zip(names(c), run(form, c, chunk), expected, bounds, strict=True):
+            assert_within(x, y, bound, f"{form} {name}")
+
+
+@each_rule
+@given(st.data())
+def test_backward_is_the_transpose_of_the_definition(rule, data):
+    c = data.draw(rule_cases(rule))
+    (f, arrays), chunk, seed = definition(c), data.draw(chunks), data.draw(seeds)
+    for form in ("step", "chunked", "scan", "masked"):
+        _, _, *gradients = run(form, c, chunk)
+        laws.law_backward_is_the_transpose(f, arrays, gradients, budget(c)[2:], (c.dout, c.dstate), np.random.default_rng(seed))
