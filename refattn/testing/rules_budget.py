@@ -7,17 +7,24 @@ to the end, w over all; A_tj = Σ_d q_td k_jd P_tjd. A bar stands for the same s
 γ_n times its bar. n: sums of N·G, D or M terms, twice over; a product of m decays is off by 2m roundings and m exponentials.
 
 **Delta.** U = T Z solves a system, and what it holds has cancelled: its bar would grow as Π(1 + β|k|²) where U itself does not grow at all. So
-rounding is followed to first order through the true T = (I + L)⁻¹, L = Diag(β) B. A rounding in T, W, the states or the products of chunks' maps
-is γ times a product of bars at one place, |T₂| L̄ |T₁| with diagonal blocks of T at most. To its left and right stand exact factors, of T
-without a diagonal block T₂: T[:, 2](I + L₂), or rows of T instead. Blocks that are joined at one level of a tree do not overlap, so that all
-places together are |T| L̄ |T|, and with G = |T|(I + L̄) ≥ I
+rounding is followed to first order through the true T = (I + L)⁻¹, L = Diag(β) B. Let L_c be the blocks of L on the diagonal, one for each chunk,
+T_c = (I + L_c)⁻¹, G_c = |T_c|(I + L̄_c). A rounding in T_c is γ times bars at one place, |T₂| L̄ |T₁| with T₁ and T₂ blocks of T_c. To its left and
+right stand exact factors: columns of T_c without T₂, T_c[:, 2](I + L₂), rows of T_c without T₁. Blocks that are joined do not overlap, so that all
+places together are |T_c| L̄_c |T_c|, and as G_c ≥ I
 
-    |δU| ≤ γ_n Y,  Y = H X₀,    H = G³|T|,    X₀ = β (|V| + K̄b|S₀| + B̄|U|): the bar of what a position writes, given those before it
-    |δdZ| ≤ γ_n Hᵀ D,           D = Āᵀ|dO| + K̄e|R|: the bar of dU, given the positions behind it; H reads the same from both ends
+    |δT_c| ≤ γ_n G_c |T_c| L̄_c G_c |T_c| ≤ γ_n G_c³ |T_c|
+
+What a chunk writes is then off by γ_n G_c³|T_c| times X, the bar of what it starts from; that passes to the chunks behind by exact factors again,
+
+    |δU| ≤ γ_n Y,     Y  = |T(I + L_c)| G_c³|T_c| X,      X = β(|V| + K̄b|S₀| + B̄|U|)
+    |δdZ| ≤ γ_n Y',   Y' = |(I + L_c)T|ᵀ (G_c³|T_c|)ᵀ X',  X' = Āᵀ|dO| + K̄e|R| + L̄ᵀ|dZ|
+
+With chunks of one position, the steps, these are |T| X and |T|ᵀ X'. Where maps of chunks are composed (the scan), a composition's rounding is of the
+same kind with whole chunks for blocks: the bound is that for one chunk of all positions.
 
 Wherever U, dZ and what dβ multiplies, E = V - KbS₀ - BU, enter a bar, so do their errors once (|U| + Y for |U|, …): products of two errors are
-dropped, which is right as long as γ_n H is small beside 1 / |T|. That is the only thing dropped. For unit keys and β ≤ 1 the rows of
-H sum to hundreds at N = 10; where β|k|² > 2, T itself grows as Π|1 - β|k|²|, and the bound soon says nothing.
+dropped, the only thing that is. For unit keys and β ≤ 1 the rows of G_c³ sum to hundreds in a chunk of 8; where β|k|² > 2, T itself grows as
+Π|1 - β|k|²|, and the bound soon says nothing.
 
 Underflow adds half of the smallest number where it happens, and nothing that multiplies it exceeds the same sums with inputs raised by 1 and
 decays raised to 1: the budget holds them times the smallest normal number, too.
@@ -47,8 +54,10 @@ class RulesBudget(NamedTuple):
 
 
 def rules_budget(q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any, dout: Any, dstate: Any, *, scale: float = 1.0,
-                 dtype: Any = None) -> RulesBudget:
+                 dtype: Any = None, chunk: int | None = None) -> RulesBudget:
     """How far out, the final state and the gradients may be from exact in `dtype` (q's if None) with its accumulator, to first order.
+
+    For delta rules `chunk` is that of the chunked form, 1 for steps; None, the widest bound, is for the scan, whatever its chunk.
 
     The reference may be a float64 computation: its error is within the budget for float64, and the factor 2 in n pays for both. g and beta
     are in the accumulator dtype, or add their own `rounding`.
@@ -68,7 +77,7 @@ def rules_budget(q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any, dout: An
     for at in np.ndindex(K.shape[:-2]):
         mine = (*at[:-1], slice(at[-1] * groups, (at[-1] + 1) * groups)) if at else (None,)
         errors, bars = _head(Q[mine], K[at], V[at], None if g is None else _f64(g[at]), None if beta is None else _f64(beta[at]), S[at],
-                             abs(scale) * dO[mine], R[at], abs(scale), float(np.finfo(acc).tiny))
+                             abs(scale) * dO[mine], R[at], abs(scale), chunk or max(N, 1), float(np.finfo(acc).tiny))
         for i, (to, error, bar) in enumerate(zip(bounds, errors, bars, strict=True)):
             if to is not None:
                 name = RulesBudget._fields[i]
@@ -77,14 +86,17 @@ def rules_budget(q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any, dout: An
     return bounds
 
 
-def _head(Q: Any, K: Any, V: Any, g: Any, beta: Any, S: Any, dO: Any, R: Any, scale: float, tiny: float) -> tuple[list[Any], list[Any]]:
+def _head(Q: Any, K: Any, V: Any, g: Any, beta: Any, S: Any, dO: Any, R: Any, scale: float, chunk: int,
+          tiny: float) -> tuple[list[Any], list[Any]]:
     """What γ_n multiplies, and the bars, for one key/value head: Q (G, N, D), dO (G, N, M), K (N, D), V (N, M)."""
     P, b, e, w = _products(np.zeros((len(K), 1)) if g is None else g if g.ndim == 2 else g[:, None], K.shape[-1])
     size = [np.abs(x) for x in (Q, K, V, S, dO, R)]
-    zero, U, dZ, E, T = np.zeros_like(V), V, np.zeros_like(V), np.zeros_like(V), None
+    zero, U, dZ, E, one, own = np.zeros_like(V), V, np.zeros_like(V), np.zeros_like(V), np.eye(len(K)), np.arange(len(K)) // chunk
+    own = own[:, None] == own                                                                          # of one chunk
     if beta is not None:
         B = np.tril(np.einsum("td,jd,tjd->tj", K, K, P), -1)
-        T = np.linalg.inv(np.eye(len(K)) + beta[:, None] * B)
+        L = beta[:, None] * B
+        T, T_c = np.linalg.inv(one + L), np.linalg.inv(one + own * L)
         U = T @ (beta[:, None] * (V - (b * K) @ S))
         dU = np.einsum("gtd,jd,tjd,gtm->jm", Q, K, P, dO) + (e * K) @ R
         dZ, E = T.T @ dU, V - (b * K) @ S - B @ U
@@ -97,10 +109,11 @@ def _head(Q: Any, K: Any, V: Any, g: Any, beta: Any, S: Any, dO: Any, R: Any, sc
         (q, k, v, s, do, r), (P, b, e, _) = size, products
         B = np.tril(np.einsum("td,jd,tjd->tj", k, k, P), -1)
         step, given = np.abs(beta)[:, None], v + (b * k) @ s + B @ (np.abs(U) + more)
-        G = np.abs(T) @ (np.eye(len(k)) + step * B)
-        H = G @ G @ G @ np.abs(T)
-        Y = H @ (step * given + more)
-        Y_dZ = H.T @ (np.einsum("gtd,jd,tjd,gtm->jm", q, k, P, do) + (e * k) @ r)
+        G = np.abs(T_c) @ (one + own * step * B)
+        H = G @ G @ G @ np.abs(T_c)
+        Y = np.abs(T @ (one + own * L)) @ H @ (step * given + more)
+        given_dZ = np.einsum("gtd,jd,tjd,gtm->jm", q, k, P, do) + (e * k) @ r + (step * B).T @ (np.abs(dZ) + more)
+        Y_dZ = np.abs((one + own * L) @ T).T @ H.T @ given_dZ
         return _sums(size, products, beta, np.abs(U) + more, np.abs(dZ) + more, np.abs(E) + more, Y, Y_dZ, given + B @ Y)
 
     least = errors([x + 1 for x in size], tuple(np.maximum(x, 1) if x.ndim < 3 else np.where(np.tri(len(x))[..., None], np.maximum(x, 1), 0)
