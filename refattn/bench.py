@@ -4,7 +4,8 @@ Times are medians of rounds in which all contestants take turns, in one process,
 speed drifts. The limit of a form with f flops is f divided by the rate of a large float32 matrix product in the same run.
 
 Peers are measured where they are installed: PyTorch (`scaled_dot_product_attention`) and the paper authors' `pytorch-fast-transformers`
-(their C++ kernel `causal_dot_product`, and their module `CausalLinearAttention` with φ and normaliser).
+(their C++ kernel `causal_dot_product`, and their module `CausalLinearAttention` with φ and normaliser); with `--rule`, `onnxruntime`
+(the fused kernel of its operator `com.microsoft.LinearAttention`, on as many threads as we take).
 """
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ import numpy as np
 from . import causal_linear_attention, causal_linear_attention_step, recurrence, vjp
 from ._blocks import cores
 from .causal import causal_chunked_backward, causal_chunked_forward
+from .rules import RULES
 from .testing.budgets import gamma, worst_ratio
 
 Contest = dict[str, Callable[[], Any]]
@@ -37,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--features", type=int, nargs="+", default=[64, 128], help="D = M")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each contestant in each row (default 1)")
     parser.add_argument("--chunks", action="store_true", help="only compare chunk sizes of the chunked form")
+    parser.add_argument("--rule", nargs="+", choices=RULES, help="only compare these rules of `recurrence` with rule linear")
     parser.add_argument("--cuda-static", action="store_true", help="only the CUDA kernels, without a GPU: occupancy, traffic, roofline")
     parser.add_argument("--device", action="store_true", help="only the CUDA kernels, on a GPU: times")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
@@ -54,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     peers = _peers()
     print(f"{_processor()}, {cores()} cores, Python {platform.python_version()}, NumPy {np.__version__}; "
           f"peers: {', '.join(peers) or 'none installed'}; float32, B·H = {args.heads}; {time.strftime('%Y-%m-%d')}")
-    figures: dict[str, Any] = {"chunks": _chunk_table(args)} if args.chunks else {
+    figures: dict[str, Any] = {"chunks": _chunk_table(args)} if args.chunks else {"rules": _rule_table(args, peers)} if args.rule else {
         "products": _product_table(args, peers), "attention": _attention_table(args, peers), "growth": _growth_table(args),
         "memory": _memory_table(args), "decoding": _decoding_table(args, peers)}
     return _written(args.json, figures)
@@ -199,6 +202,33 @@ def _chunk_table(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def _rule_table(args: argparse.Namespace, peers: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each rule against rule `linear` and onnxruntime; keys of length 1, β and decays between the extremes."""
+    rows = []
+    for D in args.features:
+        _title(f"rules of `recurrence`, D = M = {D}", "rule", "decay", "N", "linear ms", "forward ms", "of linear", "fwd+bwd ms", "of linear",
+               "onnxruntime", "faster")
+        for N in args.lengths:
+            q, k, v, dout = _draw(args.heads, N, D, 4)
+            k /= np.sqrt((k * k).sum(-1, keepdims=True))
+            rng = np.random.default_rng(1)
+            for rule, channels in [(r, c) for r in args.rule for c in ([False, True] if "g" in RULES[r] else [None])]:
+                g = None if channels is None else -rng.random(k.shape if channels else k.shape[:-1], np.float32)
+                beta = rng.random(k.shape[:-1], np.float32) if "beta" in RULES[rule] else None
+                contest: Contest = {"linear": partial(recurrence, q, k, v), "linear both": partial(_rule_both, q, k, v, None, None, dout, "linear"),
+                                    "forward": partial(recurrence, q, k, v, g, beta, rule=rule),
+                                    "both": partial(_rule_both, q, k, v, g, beta, dout, rule)}
+                if "onnxruntime" in peers:
+                    theirs = contest["theirs"] = _their_rule(peers, q, k, v, g, beta, rule)
+                    _check("com.microsoft.LinearAttention", contest["forward"](), theirs(), 8 * (N + D))
+                t = _medians(contest, args.seconds)
+                decay = {None: "–", False: "a head", True: "a channel"}[channels]
+                rows.append({"rule": rule, "decay": decay, "D": D, "N": N, **t})
+                _row(rule, decay, N, t["linear"] * 1e3, t["forward"] * 1e3, f"{t['forward'] / t['linear']:.2f}×", t["both"] * 1e3,
+                     f"{t['both'] / t['linear both']:.2f}×", _ms(t.get("theirs")), _times(t.get("theirs"), t["forward"]))
+    return rows
+
+
 # --- peers -------------------------------------------------------------------------------------------------------------------------------
 
 def _peers() -> dict[str, Any]:
@@ -213,6 +243,12 @@ def _peers() -> dict[str, Any]:
         found["fast_transformers"] = fast_transformers
     except ImportError:
         pass                                       # a peer that is not installed is not measured; the heading lists those that are
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        found["onnxruntime"] = onnxruntime
+    except ImportError:
+        pass
     return found
 
 
@@ -266,6 +302,30 @@ def _their_step(peers: dict[str, Any], q: np.ndarray, k: np.ndarray, v: np.ndarr
     return step
 
 
+def _their_rule(peers: dict[str, Any], q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.ndarray | None, beta: np.ndarray | None,
+                rule: str) -> Callable[[], Any]:
+    from onnx import TensorProto, helper
+    packed = [None if x is None else np.ascontiguousarray(np.moveaxis(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)) for x in (q, k, v, g, beta)]
+    names = [n if x is not None else "" for n, x in zip(("q", "k", "v", "decay", "beta"), packed, strict=True)]
+    feeds = {n: x for n, x in zip(names, packed, strict=True) if x is not None}
+    (B, H, N, D), M = k.shape, v.shape[-1]
+    node = helper.make_node("LinearAttention", [*names[:3], "", *names[3:]], ["out", "state"], domain="com.microsoft", q_num_heads=q.shape[1],
+                            kv_num_heads=H, update_rule=rule, scale=1.0, chunk_size=64)
+    given = [helper.make_tensor_value_info(n, TensorProto.FLOAT, x.shape) for n, x in feeds.items()]
+    made = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("out", (B, N, q.shape[1] * M)), ("state", (B, H, D, M)))]
+    model = helper.make_model(helper.make_graph([node], "rule", given, made), ir_version=10,
+                              opset_imports=[helper.make_opsetid("com.microsoft", 1), helper.make_opsetid("", 21)])
+    options = peers["onnxruntime"].SessionOptions()
+    options.intra_op_num_threads = cores()
+    session = peers["onnxruntime"].InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    def forward() -> tuple[np.ndarray, np.ndarray]:
+        out, state = session.run(None, feeds)
+        return np.moveaxis(out.reshape(B, N, -1, M), 2, 1), state
+
+    return forward
+
+
 def _sdpa(peers: dict[str, Any], *arrays: np.ndarray) -> Callable[[], Any]:
     torch = peers["torch"]
     q, k, v = (torch.from_numpy(x) for x in arrays)
@@ -281,6 +341,12 @@ def _sdpa(peers: dict[str, Any], *arrays: np.ndarray) -> Callable[[], Any]:
 
 def _forward_and_backward(q: np.ndarray, k: np.ndarray, v: np.ndarray, dout: np.ndarray) -> tuple[np.ndarray, ...]:
     (out, _), pullback = vjp(causal_linear_attention, q, k, v)
+    return out, *pullback(dout)
+
+
+def _rule_both(q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.ndarray | None, beta: np.ndarray | None, dout: np.ndarray,
+               rule: str) -> tuple[Any, ...]:
+    (out, _), pullback = vjp(recurrence, q, k, v, g, beta, rule=rule)
     return out, *pullback(dout)
 
 

@@ -37,32 +37,42 @@ PARTS = 16         # in which the backward cuts a sequence, and each part again,
 Update = tuple[Array, Array, Array]       # X, Y, U0
 
 
-def states_one_by_one(whole: np.ndarray | None, add: np.ndarray, S: np.ndarray, update: Update | None = None, *,
+def states_one_by_one(whole: np.ndarray | None, add: np.ndarray | None, S: np.ndarray, update: Update | None = None, *,
                       reverse: bool = False) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-    """S before each of T chunks (..., T, D, M), U (..., T, C, M) or None, and S behind the last; see the top of this file."""
-    seen, T = np.empty(np.broadcast_shapes(add.shape, (*add.shape[:-2], *S.shape[-2:])), S.dtype), add.shape[-3]
+    """S before each of T chunks (..., T, D, M), U (..., T, C, M) or None, and S behind the last; see the top of this file. None counts as
+    one for `whole`, as zero for `add`."""
+    U: Any = None
+    own: Any = update[2] if update else add
+    T = own.shape[-3]
     if update:
         X, Y, U0 = update
         X, U = transposed(X), np.empty_like(U0)
-    for c in reversed(range(T)) if reverse else range(T):
-        seen[..., c, :, :] = S
+    seen, last = np.empty((*S.shape[:-2], T, *S.shape[-2:]), S.dtype), np.empty_like(S)
+    order = [*(reversed(range(T)) if reverse else range(T))]
+    seen[..., order[0], :, :] = S
+    for c, following in zip(order, [*order[1:], None], strict=True):
+        after = last if following is None else seen[..., following, :, :]                                  # each state where it is kept
         if update:
-            np.subtract(U0[..., c, :, :], Y[..., c, :, :] @ S, out=U[..., c, :, :])
-        S = S + add[..., c, :, :] if whole is None else whole[..., c, :, :] * S + add[..., c, :, :]
+            u = np.matmul(Y[..., c, :, :], S, out=U[..., c, :, :])
+            np.subtract(U0[..., c, :, :], u, out=u)
+        if whole is not None:
+            S = np.multiply(whole[..., c, :, :], S, out=after)
         if update:
-            S += X[..., c, :, :] @ U[..., c, :, :]
-    return seen, U if update else None, S
+            S = np.add(S, X[..., c, :, :] @ u, out=after)
+        if add is not None:
+            S = np.add(S, add[..., c, :, :], out=after)
+    return seen, U, S
 
 
-def states_by_doubling(whole: Array | None, add: Array, S: Array, update: Update | None = None, *,
+def states_by_doubling(whole: Array | None, add: Any, S: Array, update: Update | None = None, *,
                        reverse: bool = False) -> tuple[Array, Array | None, Array]:
     """The same without a loop over chunks: after log₂ T rounds each chunk has the composition of all the maps S -> move S + add up to it."""
-    xp = namespace(add=add)
+    xp = namespace(S=S)
     move: Any = whole
     if update:
         X, Y, U0 = update
-        one = xp.eye(S.shape[-2], dtype=S.dtype)
-        move, add = (one if whole is None else one * whole) - transposed(X) @ Y, add + transposed(X) @ U0
+        one, own = xp.eye(S.shape[-2], dtype=S.dtype), transposed(X) @ U0
+        move, add = (one if whole is None else one * whole) - transposed(X) @ Y, own if add is None else add + own
 
     def apply(m: Array, x: Array) -> Array:
         return m @ x if update else m * x
@@ -168,7 +178,7 @@ def _views(k: np.ndarray, *arrays: np.ndarray | None) -> list[np.ndarray | None]
 def _rows_at_once(Q: np.ndarray, O: np.ndarray, C: int, S: np.ndarray) -> int:
     heads, G = Q.shape[:2]
     D, M = S.shape[-2:]
-    per_chunk = (G + 1) * C * (4 * (D + M) + 2 * C) + 3 * D * (D + M)
+    per_chunk = (G + 1) * C * (2 * (D + M) + C) + D * (D + M)
     return C * max(BUFFER_BYTES // (heads * per_chunk * S.itemsize), 1)
 
 
@@ -241,7 +251,3 @@ def check_chunk(chunk: int) -> int:
         raise ValueError(f"chunk: expected a power of two, got {chunk}")
     return chunk
 
-
-def per_decay(x: Array, g: Array, xp: Any) -> Array:
-    """What all channels (..., D) receive, as the decays have it: their sum where one decay serves all."""
-    return x if x.shape[-1] == g.shape[-1] else xp.sum(x, axis=-1, keepdims=True)

@@ -23,6 +23,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ._array import Array, transposed
 
 Halves = tuple[Array, Array]
@@ -68,37 +70,60 @@ def decays_backward(dpairs: list[Halves], dbefore: Array, dbehind: Array, dwhole
     return (B + w)[..., 0, :]
 
 
-def pair_scores(X: Array, K: Array, a: Decays | None, xp: Any) -> Array:
-    """A (..., T, C, C) of x (..., T, C, D) and k; without decays the lower triangle of X Kᵀ."""
-    if a is None:
-        return _lower(X @ transposed(K), xp)
-    if a.before.shape[-1] == 1 < X.shape[-1]:                                     # one decay for all channels: drawn out of the sum
-        one = xp.ones_like(a.before)
-        return _lower(X @ transposed(K), xp) * pair_scores(one, one, a, xp)
-    A = xp.sum(X * K, axis=-1)[..., None, None]                                   # s = 1: (..., T, C, 1, 1)
-    for before, behind in a.pairs:
-        off = (_right(X, before, xp) * before) @ transposed(_left(K, behind, xp) * behind)
-        A = _joined(A, off, xp)
-    return A[..., 0, :, :]
+def scores(X: Array, K: Array, g: Array | None, xp: Any) -> tuple[Array, Array, Array, Array | None]:
+    """A (..., T, C, C) of x (..., T, C, D) and k (..., T, C, D); b ⊙ X and e ⊙ K with b = Π_{s≤t} a_s, e = Π_{s>t} a_s; Π a (..., T, W, 1).
+
+    Without g the lower triangle of X Kᵀ, X, K and None."""
+    if g is None:
+        return _lower(X @ transposed(K), xp), X, K, None
+    if g.shape[-1] == 1 < X.shape[-1]:                                            # one decay for all channels: drawn out of the sum
+        one = xp.ones_like(g)
+        weights, before, behind, whole = scores(one, one, g, xp)
+        A = _lower(X @ transposed(K), xp)
+        A *= weights
+        return A, before * X, behind * K, whole
+    a = xp.exp(g)
+    A, w = xp.sum(X * K, axis=-1)[..., None, None], a[..., None, :]               # blocks of one position: (..., T, C, 1, 1)
+    bX, eK = (a * X)[..., None, :], (xp.ones_like(a) * K)[..., None, :]
+    while w.shape[-3] > 1:
+        A = _joined(A, _halves(bX)[1] @ transposed(_halves(eK)[0]), xp)
+        left, right = _halves(w)
+        bX, eK, w = _pairs(bX, xp, right=left), _pairs(eK, xp, left=right), left * right
+    return A[..., 0, :, :], bX[..., 0, :, :], eK[..., 0, :, :], transposed(w[..., 0, :, :])
 
 
-def pair_scores_backward(dA: Array, A: Array, X: Array, K: Array, a: Decays | None, xp: Any) -> tuple[Array, Array, list[Halves]]:
-    """dX, dK and what the logarithms of the decays in `pairs` receive. X (..., G, T, C, D) may have more heads than K (..., 1, T, C, D): dK
-    and the decays take the sum over them. Of dA only j ≤ t is read."""
-    if a is None or a.before.shape[-1] == 1 < X.shape[-1]:
-        weights = None
+def scores_backward(dA: Array, dbX: Array, deK: Array, dwhole: Array, A: Array, X: Array, K: Array, g: Array | None,
+                    xp: Any) -> tuple[Array, Array, Array | None]:
+    """Transpose of `scores`: dX, dK, dg. Of dA only j ≤ t is read; dwhole is (..., T, D, 1).
+
+    X (..., G, T, C, D) may have more heads than K (..., 1, T, C, D), whose gradient, like that of g, is the sum over them."""
+    if g is None:
         dA = _lower(dA, xp)
-        if a is not None:
-            one = xp.ones_like(a.before)
-            dlog = over_group(dA * A, xp)
-            weights = [(xp.sum(off, axis=-1, keepdims=True), transposed(xp.sum(off, axis=-2, keepdims=True))) for off in _below(dlog, xp)[0]]
-            dA = dA * pair_scores(one, one, a, xp)
-        return dA @ K, over_group(transposed(dA) @ X, xp), weights or []
+        return dA @ K + dbX, over_group(transposed(dA) @ X, xp) + deK, None
+    p, scalar = decays(xp.exp(g), xp), g.shape[-1] == 1 < X.shape[-1]
+    if scalar:
+        one, dA = xp.ones_like(g), _lower(dA, xp)                                 # dA is read here alone
+        offs, _ = _below(over_group(dA * A, xp), xp)
+        dpairs = [(xp.sum(off, axis=-1, keepdims=True), transposed(xp.sum(off, axis=-2, keepdims=True))) for off in offs]
+        dA = dA * scores(one, one, g, xp)[0]
+        dX, dK = dA @ K, over_group(transposed(dA) @ X, xp)
+    else:
+        dX, dK, dpairs = _pair_scores_backward(dA, X, K, p, xp)
+
+    def shared(x: Array) -> Array:
+        return xp.sum(x, axis=-1, keepdims=True) if scalar else x                 # one decay receives what all channels do
+
+    dg = decays_backward(dpairs, shared(over_group(p.before * X * dbX, xp)), shared(p.behind * K * deK),
+                         shared(transposed(p.whole * dwhole)), xp)
+    return dX + p.before * dbX, dK + p.behind * deK, dg
+
+
+def _pair_scores_backward(dA: Array, X: Array, K: Array, p: Decays, xp: Any) -> tuple[Array, Array, list[Halves]]:
+    """dX and dK from the scores alone, and what the logarithms of the decays in `p.pairs` receive: from single positions up."""
     offs, diagonal = _below(dA, xp)
-    dX, dK = ((diagonal * y)[..., None, :] for y in (K, X))                       # blocks of one position
-    dK, dpairs = over_group(dK, xp, blocks=True), []
-    for off, (before, behind) in zip(offs, a.pairs, strict=True):
-        right, left = _right(X, before, xp) * before, _left(K, behind, xp) * behind
+    dX, dK, dpairs = (diagonal * K)[..., None, :], over_group((diagonal * X)[..., None, :], xp, blocks=True), []
+    for off, (before, behind) in zip(offs, p.pairs, strict=True):
+        right, left = _blocked(X, before, xp)[..., 1::2, :, :] * before, _blocked(K, behind, xp)[..., 0::2, :, :] * behind
         dright, dleft = off @ left, over_group(transposed(off) @ right, xp, blocks=True)
         dpairs.append((over_group(right * dright, xp, blocks=True), left * dleft))
         (x, x_right), (k_left, k) = _halves(dX), _halves(dK)
@@ -108,27 +133,22 @@ def pair_scores_backward(dA: Array, A: Array, X: Array, K: Array, a: Decays | No
 
 
 def unit_lower_inverse(L: Array, xp: Any) -> Array:
-    """T = (I + L)⁻¹ for the strictly lower triangle of L (..., C, C), C a power of two, by halves:
+    """T = (I - L)⁻¹ for the strictly lower triangle of L (..., C, C), C a power of two, by halves:
 
-        [I + L₁    0  ]⁻¹   [      T₁         0 ]
-        [  B    I + L₂]   = [ -T₂ B T₁        T₂]
+        [I - L₁    0  ]⁻¹   [    T₁        0 ]
+        [ -B    I - L₂]   = [ T₂ B T₁      T₂]
     """
     offs, diagonal = _below(L, xp)
     T = xp.ones_like(diagonal)[..., None]                                         # blocks of one position: (..., C, 1, 1)
     for off in offs:
         left, right = _halves(T)
-        T = _joined(T, -(right @ off @ left), xp)
+        T = _joined(T, off if off.shape[-1] == 1 else right @ off @ left, xp)
     return T[..., 0, :, :]
 
 
 def strictly_lower(A: Array, xp: Any) -> Array:
     i = xp.arange(A.shape[-1])
     return xp.where(i[:, None] > i, A, xp.zeros_like(A))
-
-
-def times(x: Array, p: Array | None) -> Array:
-    """x weakened by p; by nothing where there is no decay."""
-    return x if p is None else x * p
 
 
 # --- blocks of a chunk --------------------------------------------------------------------------------------------------------------
@@ -138,13 +158,14 @@ def _halves(x: Array) -> Halves:
     return x[..., 0::2, :, :], x[..., 1::2, :, :]
 
 
-def _left(x: Array, like: Array, xp: Any) -> Array:
-    """The left blocks, of the size that `like` (..., n, s, ·) has, of x (..., C, D)."""
-    return _blocked(x, like, xp)[..., 0::2, :, :]
-
-
-def _right(x: Array, like: Array, xp: Any) -> Array:
-    return _blocked(x, like, xp)[..., 1::2, :, :]
+def _pairs(x: Array, xp: Any, *, left: Array | None = None, right: Array | None = None) -> Array:
+    """Blocks (..., n, s, D) two and two as (..., n/2, 2s, D), those on one side weakened. x is the caller's own: on NumPy in place."""
+    if isinstance(x, np.ndarray):
+        side, by = (x[..., 0::2, :, :], left) if right is None else (x[..., 1::2, :, :], right)
+        side *= by
+        return x.reshape(*x.shape[:-3], x.shape[-3] // 2, 2 * x.shape[-2], x.shape[-1])
+    a, b = _halves(x)
+    return xp.concat([a if left is None else a * left, b if right is None else b * right], axis=-2)
 
 
 def _blocked(x: Array, like: Array, xp: Any) -> Array:
@@ -160,12 +181,21 @@ def _interleaved(left: Array, right: Array, xp: Any) -> Array:
 def _joined(A: Array, off: Array, xp: Any) -> Array:
     """Blocks on the diagonal (..., n, s, s) and those below them (..., n/2, s, s) as blocks (..., n/2, 2s, 2s)."""
     left, right = _halves(A)
+    if isinstance(A, np.ndarray):
+        s = A.shape[-1]
+        both = np.zeros((*off.shape[:-2], 2 * s, 2 * s), A.dtype)
+        both[..., :s, :s], both[..., s:, :s], both[..., s:, s:] = left, off, right
+        return both
     return xp.concat([xp.concat([left, xp.zeros_like(off)], axis=-1), xp.concat([off, right], axis=-1)], axis=-2)
 
 
 def _below(A: Array, xp: Any) -> tuple[list[Array], Array]:
     """The lower triangle of A (..., C, C) taken apart: blocks (..., C/2s, s, s) below the diagonal for s = 1, 2, …, C/2, and the diagonal
     (..., C, 1). The reverse of `_joined`."""
+    if isinstance(A, np.ndarray):                                                 # views
+        C, lead = A.shape[-1], A.shape[:-2]
+        blocks = [A.reshape(*lead, C // w, w, C // w, w).diagonal(axis1=-4, axis2=-2) for w in (2**i for i in range(C.bit_length()))]
+        return [np.moveaxis(b, -1, -3)[..., b.shape[-2] // 2:, : b.shape[-2] // 2] for b in blocks[1:]], np.moveaxis(blocks[0], -1, -3)[..., 0]
     offs, A = [], A[..., None, :, :]
     while A.shape[-1] > 1:
         s = A.shape[-1] // 2
@@ -175,8 +205,11 @@ def _below(A: Array, xp: Any) -> tuple[list[Array], Array]:
 
 
 def _lower(A: Array, xp: Any) -> Array:
-    """Not a product with 0: a hidden score may have overflowed."""
+    """A, the caller's own, with zeros above the diagonal. Not a product with 0: a hidden score may have overflowed."""
     i = xp.arange(A.shape[-1])
+    if isinstance(A, np.ndarray):
+        np.copyto(A, 0, where=i[:, None] < i)
+        return A
     return xp.where(i[:, None] >= i, A, xp.zeros_like(A))
 
 

@@ -40,9 +40,8 @@ import numpy as np
 
 from ._array import Array, namespace, transposed
 from .causal import causal_step, causal_step_backward
-from .chunks import CHUNK, Residuals, States, chunked_backward, chunked_forward, per_decay, scan_backward, scan_forward
-from .decay import (Decays, decays, decays_backward, over_group, pair_scores, pair_scores_backward, strictly_lower, times,
-                    unit_lower_inverse)
+from .chunks import CHUNK, Residuals, States, chunked_backward, chunked_forward, scan_backward, scan_forward
+from .decay import over_group, scores, scores_backward, strictly_lower, unit_lower_inverse
 from .gated import fade, fade_backward
 
 # --- all chunks of a block at once: arrays (..., G, T, C, D), g (..., 1, T, C, W), beta (..., 1, T, C, 1), S (..., 1, D, M) ------------
@@ -51,44 +50,42 @@ from .gated import fade, fade_backward
 def _forward(xp: Any, states: States, S: Array, Q: Array | None, K: Array, V: Array, g: Array | None,
              beta: Array) -> tuple[Array | None, Array]:
     """O and the state behind the last chunk; without Q only the state."""
-    p, _, scores = _scores(xp, Q, K, g)
-    T = unit_lower_inverse(beta * strictly_lower(scores[..., -1:, :, :, :], xp), xp) * transposed(beta)            # T Diag(β)
-    U0, W = T @ V, T @ times(K, p and p.before)
-    before, U, end = states(p and p.whole, xp.zeros_like(V[..., :1, :]), S, (times(K, p and p.behind), W, U0))
-    return None if Q is None else scores[..., :-1, :, :, :] @ U + times(Q, p and p.before) @ before, end
+    A, B, bQ, bK, eK, whole, _, _ = _all_scores(xp, Q, K, g)
+    T = unit_lower_inverse(-beta * B, xp)
+    T *= transposed(beta)                                                                                          # T Diag(β)
+    before, U, end = states(whole, None, S, (eK, T @ bK, T @ V))
+    if Q is None:
+        return None, end
+    O = A @ U
+    O += bQ @ before
+    return O, end
 
 
 def _backward(xp: Any, states: States, S: Array, R: Array, dO: Array, Q: Array, K: Array, V: Array, g: Array | None,
               beta: Array) -> tuple[Array | None, ...]:
     """dS_0, dQ, dK, dV, dg, dbeta. The states before the chunks are made once more."""
-    p, X, scores = _scores(xp, Q, K, g)
-    A, B = scores[..., :-1, :, :, :], strictly_lower(scores[..., -1:, :, :, :], xp)
-    T = unit_lower_inverse(beta * B, xp)
-    bQ, bK, eK = times(Q, p and p.before), times(K, p and p.before), times(K, p and p.behind)
-    U0, W = T @ (beta * V), T @ (beta * bK)
-    before, U, _ = states(p and p.whole, xp.zeros_like(V[..., :1, :]), S, (eK, W, U0))
-
+    A, B, bQ, bK, eK, whole, X, AB = _all_scores(xp, Q, K, g)
+    T, B = unit_lower_inverse(-beta * B, xp), strictly_lower(B, xp)
+    W = T @ (beta * bK)
+    before, U, _ = states(whole, None, S, (eK, W, T @ (beta * V)))
     minus_near = -over_group(transposed(A) @ dO, xp)
-    behind, minus_dU, dS = states(p and p.whole, over_group(transposed(bQ) @ dO, xp), R, (W, eK, minus_near), reverse=True)
+    behind, minus_dU, dS = states(whole, over_group(transposed(bQ) @ dO, xp), R, (W, eK, minus_near), reverse=True)
+
     dZ = -(transposed(T) @ minus_dU)
     dV = beta * dZ
     dbeta = xp.sum(dZ * (V - bK @ before - B @ U), axis=-1, keepdims=True)
+    dA, dB = dO @ transposed(U), strictly_lower(-(dV @ transposed(U)), xp)
     dbQ, dbK, deK = dO @ transposed(before), -(dV @ transposed(before)), U @ transposed(behind)
-    dscores = xp.concat([dO @ transposed(U), strictly_lower(-(dV @ transposed(U)), xp)], axis=-4)
-    dX, dK, dpairs = pair_scores_backward(dscores, scores, X, K, p, xp)
-    dQ, dK = dX[..., :-1, :, :, :], dK + dX[..., -1:, :, :, :]
-    if p is None:
-        return dS, dQ + dbQ, dK + dbK + deK, dV, None, dbeta
-    dg = decays_backward(dpairs, per_decay(over_group(bQ * dbQ, xp) + bK * dbK, g, xp), per_decay(eK * deK, g, xp),
-                         per_decay(transposed(xp.sum(p.whole * before * behind, axis=-1, keepdims=True)), g, xp), xp)
-    return dS, dQ + p.before * dbQ, dK + p.before * dbK + p.behind * deK, dV, dg, dbeta
+    dwhole = xp.sum(before * behind, axis=-1, keepdims=True)
+    dX, dK, dg = scores_backward(xp.concat([dA, dB], axis=-4), xp.concat([dbQ, dbK], axis=-4), deK, dwhole, AB, X, K, g, xp)
+    return dS, dX[..., :-1, :, :, :], dK + dX[..., -1:, :, :, :], dV, dg, dbeta
 
 
-def _scores(xp: Any, Q: Array | None, K: Array, g: Array | None) -> tuple[Decays | None, Array, Array]:
-    """Decays, [Q; K] side by side along G, and the scores of both with K: A for each query head, and last the one whose strict triangle is B."""
-    p = None if g is None else decays(xp.exp(g), xp)
+def _all_scores(xp: Any, Q: Array | None, K: Array, g: Array | None) -> tuple[Any, ...]:
+    """A; B, of which the strict triangle counts; b ⊙ Q, b ⊙ K, e ⊙ K, Π a; and X = [Q; K] side by side along G with the scores of both."""
     X = K if Q is None else xp.concat([Q, K], axis=-4)
-    return p, X, pair_scores(X, K, p, xp)
+    AB, bX, eK, whole = scores(X, K, g, xp)
+    return AB[..., :-1, :, :, :], AB[..., -1:, :, :, :], bX[..., :-1, :, :, :], bX[..., -1:, :, :, :], eK, whole, X, AB
 
 
 # --- the forms ------------------------------------------------------------------------------------------------------------------------

@@ -34,30 +34,28 @@ import numpy as np
 
 from ._array import Array, namespace, transposed
 from .causal import causal_step, causal_step_backward
-from .chunks import CHUNK, Residuals, States, chunked_backward, chunked_forward, per_decay, scan_backward, scan_forward
-from .decay import decays, decays_backward, over_group, pair_scores, pair_scores_backward
+from .chunks import CHUNK, Residuals, States, chunked_backward, chunked_forward, scan_backward, scan_forward
+from .decay import over_group, scores, scores_backward
 
 # --- all chunks of a block at once: arrays (..., G, T, C, D), g (..., 1, T, C, W), S (..., 1, D, M) -----------------------------------
 
 def _forward(xp: Any, states: States, S: Array, Q: Array | None, K: Array, V: Array, g: Array) -> tuple[Array | None, Array]:
     """O and the state behind the last chunk; without Q only the state."""
-    p = decays(xp.exp(g), xp)
-    before, _, end = states(p.whole, transposed(p.behind * K) @ V, S)
-    return None if Q is None else pair_scores(Q, K, p, xp) @ V + (p.before * Q) @ before, end
+    A, bQ, eK, whole = scores(K if Q is None else Q, K, g, xp)
+    before, _, end = states(whole, transposed(eK) @ V, S)
+    return None if Q is None else A @ V + bQ @ before, end
 
 
-def _backward(xp: Any, states: States, S: Array, R: Array, dO: Array, Q: Array, K: Array, V: Array, g: Array) -> tuple[Array, ...]:
+def _backward(xp: Any, states: States, S: Array, R: Array, dO: Array, Q: Array, K: Array, V: Array, g: Array) -> tuple[Array | None, ...]:
     """dS_0, dQ, dK, dV, dg. The states before the chunks are made once more."""
-    p = decays(xp.exp(g), xp)
-    bQ, eK, A = p.before * Q, p.behind * K, pair_scores(Q, K, p, xp)
-    before, *_ = states(p.whole, transposed(eK) @ V, S)
-    behind, _, dS = states(p.whole, over_group(transposed(bQ) @ dO, xp), R, reverse=True)
+    A, bQ, eK, whole = scores(Q, K, g, xp)
+    before, *_ = states(whole, transposed(eK) @ V, S)
+    behind, _, dS = states(whole, over_group(transposed(bQ) @ dO, xp), R, reverse=True)
     dV = over_group(transposed(A) @ dO, xp) + eK @ behind
-    dbQ, deK = dO @ transposed(before), V @ transposed(behind)
-    dQ, dK, dpairs = pair_scores_backward(dO @ transposed(V), A, Q, K, p, xp)
-    dg = decays_backward(dpairs, per_decay(over_group(bQ * dbQ, xp), g, xp), per_decay(eK * deK, g, xp),
-                         per_decay(transposed(xp.sum(p.whole * before * behind, axis=-1, keepdims=True)), g, xp), xp)
-    return dS, dQ + p.before * dbQ, dK + p.behind * deK, dV, dg
+    dA, dbQ, deK = dO @ transposed(V), dO @ transposed(before), V @ transposed(behind)
+    dwhole = xp.sum(before * behind, axis=-1, keepdims=True)
+    dQ, dK, dg = scores_backward(dA, dbQ, deK, dwhole, A, Q, K, g, xp)
+    return dS, dQ, dK, dV, dg
 
 
 # --- the forms ------------------------------------------------------------------------------------------------------------------------
