@@ -1,12 +1,15 @@
 """What every rule with a gate or a delta obeys, in all its forms: chunked, scan, masked (a scan of one chunk), step; and so do their transposes."""
 from __future__ import annotations
 
+import tracemalloc
+
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refattn import chunks as chunks_module
 from refattn import oracle
 from refattn.causal import causal_masked_backward, causal_masked_forward
 from refattn.delta import (
@@ -28,7 +31,7 @@ from refattn.gated import (
 from refattn.testing import laws
 from refattn.testing.budgets import assert_within
 from refattn.testing.rules_budget import rules_budget
-from refattn.testing.strategies import Dims, RuleCase, rule_cases, strided
+from refattn.testing.strategies import MIXTURES, Dims, RuleCase, exact_writes, log_decays, rule_cases, strided
 
 RULES = ("gated", "delta", "gated_delta")
 FORMS = {("gated", "chunked"): (gated_chunked_forward, gated_chunked_backward), ("gated", "scan"): (gated_scan_forward, gated_scan_backward),
@@ -364,3 +367,102 @@ def test_backward_is_the_transpose_of_the_definition(rule, data):
     for form, of in (("step", 1), ("chunked", chunk), ("scan", None), ("masked", None)):
         _, _, *gradients = run(form, c, chunk)
         laws.law_backward_is_the_transpose(f, arrays, gradients, budget(c, chunk=of)[2:], (c.dout, c.dstate), np.random.default_rng(seed))
+
+
+@each_rule
+@given(st.data())
+def test_every_element_of_every_gradient_is_the_definitions(rule, data):
+    """By the complex step, one element at a time, for one key/value head and its queries."""
+    c, chunk = data.draw(rule_cases(rule, longest=6)), data.draw(chunks)
+    first, G = (0,) * len(c.dims.lead), c.dims.G
+    c = RuleCase(c.dims._replace(lead=(), H=1), *(None if x is None else x[first][: G if n in ("q", "dout") else 1]
+                                                   for n, x in zip(c._fields[1:], c[1:], strict=True)))
+    f, arrays = definition(c)
+    expected = laws.gradient(f, arrays, (c.dout, c.dstate))
+    for form, of in (("step", 1), ("chunked", chunk), ("scan", None), ("masked", None)):
+        got, bounds = run(form, c, chunk)[2:], budget(c, chunk=of)[2:]
+        for name, x, y, bound in zip(names(c)[2:], got, expected, bounds, strict=True):
+            assert_within(x, y, 2 * bound, f"{form} {name}")                          # the complex step rounds the same products in float64
+
+
+# --- strong decays, long sequences ---------------------------------------------------------------------------------------------------
+
+MARGIN, WINDOW = 64, 192
+
+
+def strong(rule, channels, kind, rng):
+    """4,096 steps in float32: all of -50; or -50, 0 and mild ones; or these and -inf."""
+    d = Dims((), 1, 2, 4096, 4096, 4, 3)
+    draw = lambda shape: rng.standard_normal(shape).astype(np.float32)
+    k, shape = draw(d.k), d.k if channels else d.k[:-1]
+    if "delta" in rule:
+        k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    g = {"-50": np.full(shape, -50.0), "mixed": log_decays(shape, MIXTURES["strong"], rng), "with resets": log_decays(shape, (0.1, 0.3, 0, 0.5, 0.1), rng)}
+    return RuleCase(d, draw(d.q), k, draw(d.v), g[kind].astype(np.float32),
+                    rng.uniform(0, 2, d.k[:-1]).astype(np.float32) if "delta" in rule else None, draw(d.state), draw(d.out), draw(d.state))
+
+
+@pytest.mark.parametrize("rule", ["gated", "gated_delta"])
+@pytest.mark.parametrize("channels", [False, True])
+@pytest.mark.parametrize("kind", ["-50", "mixed", "with resets"])
+def test_decays_of_minus_50_over_4096_steps_are_finite_and_right_in_float32(rule, channels, kind, rng):
+    """The reference is the steps' chain in float64, and the bound that of windows of 192 positions, the first, the last and some between, for
+    those with 64 others on each side or none. Every 64 decays have a product of exp(-750) or less, 0 in float64 and in float32: what lies farther off
+    takes no part in sums, reference or bound."""
+    c = strong(rule, channels, kind, rng)
+    N, g = c.dims.N, c.g.reshape(c.dims.N, -1).astype(float)
+    assert max(g[i: i + MARGIN].sum(0).max() for i in range(N - MARGIN + 1)) < -750
+    expected, got = run("step", wide(c)), {form: run(form, c, 64) for form in ("chunked", "scan")}
+    assert all(np.isfinite(x).all() for form in got for x in got[form])
+    inside = WINDOW - 2 * MARGIN
+    for start in (0, *rng.integers(0, N - inside, 3), N - inside):
+        here = slice(max(start - MARGIN, 0), min(start + inside + MARGIN, N))
+        first, last = here.start == 0, here.stop == N
+        window = part(c, here)._replace(state=c.state * first, dstate=c.dstate * last)
+        inner = slice(start - here.start, start - here.start + inside)
+        for name, y, bound, *forms in zip(names(c), expected, budget(window), *got.values(), strict=True):
+            if name in ("state", "dstate"):
+                if not (last if name == "state" else first):
+                    continue
+            else:
+                bound = positions(name, c, bound, inner)
+                y, *forms = (positions(name, c, positions(name, c, x, here), inner) for x in (y, *forms))
+            for form, x in zip(got, forms, strict=True):
+                assert_within(x, y, bound, f"{form} {name} from {start}")
+
+
+@each_rule
+def test_a_long_sequence_crosses_blocks_parts_and_threads(rule, rng, monkeypatch):
+    """Bits, with blocks of one chunk, so that parts of 16 blocks are cut into parts again."""
+    monkeypatch.setattr(chunks_module, "BUFFER_BYTES", 1)
+    N = 700
+    d = Dims((2,), 3, 2, N, N, 4, 3)
+    draw = lambda shape, low=-1: rng.integers(low, 2, shape).astype(float)
+    g = np.where(rng.random(d.k[:-1]) < 0.02, -np.inf, 0) if "gated" in rule else None
+    beta = None
+    k = draw(d.k)
+    if "delta" in rule:
+        k, beta = exact_writes(d, 12, rng)
+    c = RuleCase(d, draw(d.q), k, draw(d.v), g, beta, draw(d.state), draw(d.out), draw(d.state))
+    laws.law_equal_bits({"step": run("step", c), "chunked": run("chunked", c, 2), "scan": run("scan", c, 4)})
+
+
+@each_rule
+def test_the_memory_of_the_backward_grows_with_the_logarithm_of_the_length(rule, rng, monkeypatch):
+    """Beside the gradients that it returns it holds at most PARTS states more for each power of PARTS in the number of blocks, here 4 and
+    blocks of one chunk; another half state is for Python's objects. The states between all chunks of the longest would be 256."""
+    monkeypatch.setattr(chunks_module, "BUFFER_BYTES", 1)
+    monkeypatch.setattr(chunks_module, "PARTS", 4)
+    D, M, C, peaks = 64, 48, 4, []
+    for N in (C * 4**2, C * 4**3, C * 4**4):
+        d = Dims((), 1, 1, N, N, D, M)
+        draw = lambda shape: rng.standard_normal(shape) / 4
+        c = RuleCase(d, draw(d.q), draw(d.k), draw(d.v), -np.abs(draw(d.k)) if "gated" in rule else None,
+                     np.abs(draw(d.k[:-1])) if "delta" in rule else None, draw(d.state), draw(d.out), draw(d.state))
+        forward, backward = FORMS["gated" if c.beta is None else "delta", "chunked"]
+        residuals = forward(*inputs(c), c.state, chunk=C)[2]
+        tracemalloc.start()
+        results = backward(c.dout, c.dstate, residuals)
+        peaks.append(tracemalloc.get_traced_memory()[1] - sum(x.nbytes for x in results if x is not None))
+        tracemalloc.stop()
+    assert (np.diff(peaks) <= 4.5 * 8 * D * M).all()

@@ -71,19 +71,17 @@ def rules_budget(q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any, dout: An
     Q, K, V, S, dO, R = (_f64(x) for x in (q, k, v, state, dout, dstate))
     groups, (N, D), M = _groups(Q, K), K.shape[-2:], V.shape[-1]
     n = 2 * (N * groups + D * (2 + np.log2(N + 1)) + M + 4) + (EXP_ROUNDINGS + 2) * N
-    shapes = RulesBudget((*Q.shape[:-1], M), S.shape, Q.shape, K.shape, V.shape, None if g is None else g.shape,
-                         None if beta is None else beta.shape, S.shape)
-    bounds = RulesBudget(*(None if shape is None else np.zeros(shape) for shape in shapes))
+    results = [(*Q.shape[:-1], M), S.shape, Q.shape, K.shape, V.shape, None if g is None else g.shape, None if beta is None else beta.shape, S.shape]
+    bounds: list[Any] = [None if shape is None else np.zeros(shape) for shape in results]
     for at in np.ndindex(K.shape[:-2]):
-        mine = (*at[:-1], slice(at[-1] * groups, (at[-1] + 1) * groups)) if at else (None,)
-        errors, bars = _head(Q[mine], K[at], V[at], None if g is None else _f64(g[at]), None if beta is None else _f64(beta[at]), S[at],
-                             abs(scale) * dO[mine], R[at], abs(scale), chunk or max(N, 1), float(np.finfo(acc).tiny))
-        for i, (to, error, bar) in enumerate(zip(bounds, errors, bars, strict=True)):
+        queries = (*at[:-1], slice(at[-1] * groups, (at[-1] + 1) * groups)) if at else (None,)         # G axes first, for a matrix too
+        errors, bars = _head(Q[queries], K[at], V[at], None if g is None else _f64(g[at]), None if beta is None else _f64(beta[at]), S[at],
+                             abs(scale) * dO[queries], R[at], abs(scale), chunk or max(N, 1), float(np.finfo(acc).tiny))
+        for name, to, error, bar in zip(RulesBudget._fields, bounds, errors, bars, strict=True):
             if to is not None:
-                name = RulesBudget._fields[i]
-                bound = gamma(n, acc) * error + rounding(bar, dtype if name in ("out", "dq", "dk", "dv") else acc)
-                to[mine if at and name in ("out", "dq") else at] = bound.reshape(to[mine if at and name in ("out", "dq") else at].shape)
-    return bounds
+                head = to[queries if name in ("out", "dq") else at]
+                head[...] = gamma(n, acc) * error + rounding(bar, dtype if name in ("out", "dq", "dk", "dv") else acc)
+    return RulesBudget(*bounds)
 
 
 def _head(Q: Any, K: Any, V: Any, g: Any, beta: Any, S: Any, dO: Any, R: Any, scale: float, chunk: int,
@@ -91,8 +89,8 @@ def _head(Q: Any, K: Any, V: Any, g: Any, beta: Any, S: Any, dO: Any, R: Any, sc
     """What γ_n multiplies, and the bars, for one key/value head: Q (G, N, D), dO (G, N, M), K (N, D), V (N, M)."""
     P, b, e, w = _products(np.zeros((len(K), 1)) if g is None else g if g.ndim == 2 else g[:, None], K.shape[-1])
     size = [np.abs(x) for x in (Q, K, V, S, dO, R)]
-    zero, U, dZ, E, one, own = np.zeros_like(V), V, np.zeros_like(V), np.zeros_like(V), np.eye(len(K)), np.arange(len(K)) // chunk
-    own = own[:, None] == own                                                                          # of one chunk
+    zero, one, number = np.zeros_like(V), np.eye(len(K)), np.arange(len(K)) // chunk
+    U, dZ, E, own = V, zero, zero, number[:, None] == number                                            # own: both of one chunk
     if beta is not None:
         B = np.tril(np.einsum("td,jd,tjd->tj", K, K, P), -1)
         L = beta[:, None] * B
@@ -100,7 +98,7 @@ def _head(Q: Any, K: Any, V: Any, g: Any, beta: Any, S: Any, dO: Any, R: Any, sc
         U = T @ (beta[:, None] * (V - (b * K) @ S))
         dU = np.einsum("gtd,jd,tjd,gtm->jm", Q, K, P, dO) + (e * K) @ R
         dZ, E = T.T @ dU, V - (b * K) @ S - B @ U
-    bars = _sums(size, (P, b, e, w), beta, np.abs(U), np.abs(dZ), np.abs(E), zero, zero, zero)
+    bars: list[Any] = _sums(size, (P, b, e, w), beta, np.abs(U), np.abs(dZ), np.abs(E), zero, zero, zero)
 
     def errors(size: list[Any], products: tuple[Any, ...], more: float) -> list[Any]:
         """With what U, dZ and E may be off by; `more` raises them, as `size` has been raised."""
@@ -116,9 +114,12 @@ def _head(Q: Any, K: Any, V: Any, g: Any, beta: Any, S: Any, dO: Any, R: Any, sc
         Y_dZ = np.abs((one + own * L) @ T).T @ H.T @ given_dZ
         return _sums(size, products, beta, np.abs(U) + more, np.abs(dZ) + more, np.abs(E) + more, Y, Y_dZ, given + B @ Y)
 
-    least = errors([x + 1 for x in size], tuple(np.maximum(x, 1) if x.ndim < 3 else np.where(np.tri(len(x))[..., None], np.maximum(x, 1), 0)
-                                                for x in (P, b, e, w)), 1.0)
-    total = [None if x is None else x + tiny * y for x, y in zip(errors(size, (P, b, e, w), 0.0), least, strict=True)]
+    def raised(least: float) -> tuple[Any, ...]:
+        return (np.where(np.tri(len(K))[..., None], np.maximum(P, least), 0), *(np.maximum(x, least) for x in (b, e, w)))
+
+    # decays of at least tiny: float64's own subnormal numbers would make products of matrices slow
+    under = errors([x + 1 for x in size], raised(1.0), 1.0)
+    total: list[Any] = [None if x is None else x + tiny * y for x, y in zip(errors(size, raised(tiny), 0.0), under, strict=True)]
     for results in (total, bars):
         results[0] = scale * results[0]
         if g is None:

@@ -84,7 +84,8 @@ class RuleCase(NamedTuple):
 
     def each(self, f: Any) -> RuleCase:
         """f of every array that there is."""
-        return RuleCase(self.dims, *(None if x is None else f(x) for x in self[1:]))
+        changed: list[Any] = [None if x is None else f(x) for x in self[1:]]
+        return RuleCase(self.dims, *changed)
 
 
 def _few(x: np.ndarray | None) -> str:
@@ -156,9 +157,9 @@ def rule_cases(rule: str, *, dtype: Any = np.float64, exact: bool = False, longe
         if "gated" in rule:
             per_channel = draw(st.booleans()) if channels is None else channels
             mixture = MIXTURES[draw(st.sampled_from(mixtures))]
-            g = _decays(d.k if per_channel else positions, (0.7, 0, 0, 0, 0.3) if exact else mixture, rng).astype(more)
+            g = log_decays(d.k if per_channel else positions, (0.7, 0, 0, 0, 0.3) if exact else mixture, rng).astype(more)
         if "delta" in rule and exact:
-            k, beta = _exact_writes(d, {"float64": 12, "float16": 2}.get(np.dtype(dtype).name, 4), rng)
+            k, beta = exact_writes(d, {"float64": 12, "float16": 2}.get(np.dtype(dtype).name, 4), rng)
         elif "delta" in rule:
             lengths, most = draw(st.sampled_from([(1, 1), (1, 2), (None, 4)]))
             norms = np.linalg.norm(k.astype(float), axis=-1, keepdims=True)
@@ -170,12 +171,13 @@ def rule_cases(rule: str, *, dtype: Any = np.float64, exact: bool = False, longe
     return draw_case()
 
 
-def _decays(shape: tuple[int, ...], weights: tuple[float, ...], rng: np.random.Generator) -> np.ndarray:
+def log_decays(shape: tuple[int, ...], weights: tuple[float, ...], rng: np.random.Generator) -> np.ndarray:
+    """g: 0, mild ones between -e and 0, 1/8, -50 and -inf, as often as `weights` say; see `MIXTURES`."""
     mild = -np.exp(rng.uniform(-6, 1, shape))
     return np.choose(rng.choice(5, shape, p=weights), [np.zeros(shape), mild, np.full(shape, 0.125), np.full(shape, -50.0), np.full(shape, -np.inf)])
 
 
-def _exact_writes(d: Dims, writes: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def exact_writes(d: Dims, writes: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Keys of 0 and ±1, and β: see `rule_cases`. Where nothing is written keys have any number of ±1, else one or two."""
     k, beta = rng.integers(-1, 2, d.k).astype(float), np.zeros(d.k[:-1])
     for head in np.ndindex(d.k[:-2]):
