@@ -7,10 +7,10 @@ A rule gives two functions of chunks, arrays (..., G, T, C, width) and states (.
 
 and this file runs them over a whole sequence. Between chunks, each rule is
 
-    S_{c+1} = whole_c S_c + add_c + X_cᵀ U_c,   U_c = U0_c - Y_c S_c
+    S_{c+1} = whole_c S_c + add_c + X_cᵀ U_c,   U_c = T_c (Z_c - Y_c S_c)
 
-with a diagonal `whole` and, for the delta rules, X, Y, U0 of C rows. `states` gives S before each chunk, U, and S behind the last chunk; or
-with reverse=True the same from the last chunk to the first.
+with a diagonal `whole` and, for the delta rules, X, Y, Z of C rows and a matrix T. `states` gives S before each chunk, U, and S behind the
+last chunk; or with reverse=True the same from the last chunk to the first.
 """
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PARTS = 16         # in which the backward cuts a sequence, and each part again,
 
 # --- states between chunks ------------------------------------------------------------------------------------------------------------
 
-Update = tuple[Array, Array, Array]       # X, Y, U0
+Update = tuple[Array, Array, Array, Array]       # X, T, Z, Y
 
 
 def states_one_by_one(whole: np.ndarray | None, add: np.ndarray | None, S: np.ndarray, update: Update | None = None, *,
@@ -43,18 +43,18 @@ def states_one_by_one(whole: np.ndarray | None, add: np.ndarray | None, S: np.nd
     one for `whole`, as zero for `add`."""
     U: Any = None
     own: Any = update[2] if update else add
-    T = own.shape[-3]
+    count = own.shape[-3]
     if update:
-        X, Y, U0 = update
-        X, U = transposed(X), np.empty_like(U0)
-    seen, last = np.empty((*S.shape[:-2], T, *S.shape[-2:]), S.dtype), np.empty_like(S)
-    order = [*(reversed(range(T)) if reverse else range(T))]
+        X, T, Z, Y = update
+        X, U = transposed(X), np.empty_like(Z)
+    seen, last = np.empty((*S.shape[:-2], count, *S.shape[-2:]), S.dtype), np.empty_like(S)
+    order = [*(reversed(range(count)) if reverse else range(count))]
     seen[..., order[0], :, :] = S
     for c, following in zip(order, [*order[1:], None], strict=True):
         after = last if following is None else seen[..., following, :, :]                                  # each state where it is kept
         if update:
-            u = np.matmul(Y[..., c, :, :], S, out=U[..., c, :, :])
-            np.subtract(U0[..., c, :, :], u, out=u)
+            z = Y[..., c, :, :] @ S
+            u = np.matmul(T[..., c, :, :], np.subtract(Z[..., c, :, :], z, out=z), out=U[..., c, :, :])
         if whole is not None:
             S = np.multiply(whole[..., c, :, :], S, out=after)
         if update:
@@ -70,25 +70,25 @@ def states_by_doubling(whole: Array | None, add: Any, S: Array, update: Update |
     xp = namespace(S=S)
     move: Any = whole
     if update:
-        X, Y, U0 = update
-        one, own = xp.eye(S.shape[-2], dtype=S.dtype), transposed(X) @ U0
-        move, add = (one if whole is None else one * whole) - transposed(X) @ Y, own if add is None else add + own
+        X, T, Z, Y = update
+        one, XT = xp.eye(S.shape[-2], dtype=S.dtype), transposed(X) @ T
+        move, add = (one if whole is None else one * whole) - XT @ Y, XT @ Z if add is None else add + XT @ Z
 
     def apply(m: Array, x: Array) -> Array:
         return m @ x if update else m * x
 
     if reverse:
         move, add = xp.flip(move, axis=-3), xp.flip(add, axis=-3)
-    T, shift = add.shape[-3], 1
+    shift = 1
     add = xp.concat([apply(move[..., :1, :, :], S[..., None, :, :]) + add[..., :1, :, :], add[..., 1:, :, :]], axis=-3)
-    while shift < T:
+    while shift < add.shape[-3]:
         add = xp.concat([add[..., :shift, :, :], apply(move[..., shift:, :, :], add[..., :-shift, :, :]) + add[..., shift:, :, :]], axis=-3)
         move = xp.concat([move[..., :shift, :, :], apply(move[..., shift:, :, :], move[..., :-shift, :, :])], axis=-3)
         shift *= 2
     seen = xp.concat([S[..., None, :, :], add[..., :-1, :, :]], axis=-3)
     if reverse:
         seen = xp.flip(seen, axis=-3)
-    return seen, U0 - Y @ seen if update else None, add[..., -1, :, :]
+    return seen, T @ (Z - Y @ seen) if update else None, add[..., -1, :, :]
 
 
 # --- NumPy: blocks of chunks, stacks of heads --------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def _rows_at_once(Q: np.ndarray, O: np.ndarray, C: int, S: np.ndarray) -> int:
     heads, G = Q.shape[:2]
     D, M = S.shape[-2:]
     per_chunk = (G + 1) * C * (2 * (D + M) + C) + D * (D + M)
-    return C * max(BUFFER_BYTES // (heads * per_chunk * S.itemsize), 1)
+    return C * max(2 * BUFFER_BYTES // (heads * per_chunk * S.itemsize), 1)
 
 
 def _load(x: np.ndarray | None, rows: slice, C: int, S: np.ndarray) -> np.ndarray | None:
@@ -251,3 +251,7 @@ def check_chunk(chunk: int) -> int:
         raise ValueError(f"chunk: expected a power of two, got {chunk}")
     return chunk
 
+
+def one_chunk(q: Array) -> int:
+    """The least power of two that holds all N positions."""
+    return 1 << max(q.shape[-2] - 1, 0).bit_length()

@@ -77,8 +77,7 @@ def scores(X: Array, K: Array, g: Array | None, xp: Any) -> tuple[Array, Array, 
     if g is None:
         return _lower(X @ transposed(K), xp), X, K, None
     if g.shape[-1] == 1 < X.shape[-1]:                                            # one decay for all channels: drawn out of the sum
-        one = xp.ones_like(g)
-        weights, before, behind, whole = scores(one, one, g, xp)
+        weights, before, behind, whole = _weights(g, xp)
         A = _lower(X @ transposed(K), xp)
         A *= weights
         return A, before * X, behind * K, whole
@@ -92,6 +91,21 @@ def scores(X: Array, K: Array, g: Array | None, xp: Any) -> tuple[Array, Array, 
     return A[..., 0, :, :], bX[..., 0, :, :], eK[..., 0, :, :], transposed(w[..., 0, :, :])
 
 
+def _weights(g: Array, xp: Any) -> tuple[Array, Array, Array, Array]:
+    """`scores` of ones, for one decay: Γ_tj = Π_{j<s≤t} a_s (..., T, C, C), b, e, Π a. NumPy goes from row to row, Γ_tj = a_t Γ_{t-1,j}: C
+    products of rows are fewer and shorter calls than the tree of all the others."""
+    if not isinstance(g, np.ndarray):
+        one = xp.ones_like(g)
+        return scores(one, one, g, xp)
+    a, C = np.exp(g), g.shape[-2]
+    weights = np.zeros((*g.shape[:-1], C), g.dtype)
+    weights[..., np.arange(C), np.arange(C)] = 1
+    for t in range(1, C):
+        np.multiply(weights[..., t - 1, :t], a[..., t, :], out=weights[..., t, :t])
+    before = a[..., :1, :] * weights[..., :1]
+    return weights, before, weights[..., -1, :, None], before[..., -1:, :]
+
+
 def scores_backward(dA: Array, dbX: Array, deK: Array, dwhole: Array, A: Array, X: Array, K: Array, g: Array | None,
                     xp: Any) -> tuple[Array, Array, Array | None]:
     """Transpose of `scores`: dX, dK, dg. Of dA only j ≤ t is read; dwhole is (..., T, D, 1).
@@ -102,10 +116,10 @@ def scores_backward(dA: Array, dbX: Array, deK: Array, dwhole: Array, A: Array, 
         return dA @ K + dbX, over_group(transposed(dA) @ X, xp) + deK, None
     p, scalar = decays(xp.exp(g), xp), g.shape[-1] == 1 < X.shape[-1]
     if scalar:
-        one, dA = xp.ones_like(g), _lower(dA, xp)                                 # dA is read here alone
+        dA = _lower(dA, xp)                                                       # dA is read here alone
         offs, _ = _below(over_group(dA * A, xp), xp)
         dpairs = [(xp.sum(off, axis=-1, keepdims=True), transposed(xp.sum(off, axis=-2, keepdims=True))) for off in offs]
-        dA = dA * scores(one, one, g, xp)[0]
+        dA = dA * _weights(g, xp)[0]
         dX, dK = dA @ K, over_group(transposed(dA) @ X, xp)
     else:
         dX, dK, dpairs = _pair_scores_backward(dA, X, K, p, xp)

@@ -7,27 +7,28 @@ rule `gated` with u for v. Within a chunk, with b, e and the scores A of `gated`
 
     u_t = β_t (v_t - S_0ᵀ (b_t ⊙ k_t) - Σ_{j<t} B_tj u_j)         (I + Diag(β) B) U = Diag(β) (V - (b ⊙ K) S_0)
 
-a triangular system. With T = (I + Diag(β) B)⁻¹ (the WY representation of a product of I - β k kᵀ)
+a triangular system. With T = (I + Diag(β) B)⁻¹ (the WY representation: Diag(b_C) - (e ⊙ K)ᵀ T Diag(β) (b ⊙ K) is the product of all
+(I - β k kᵀ) Diag(a))
 
-    U = U_0 - W S_0,   U_0 = T Diag(β) V,   W = T Diag(β) (b ⊙ K)
+    U = T Z,   Z = Diag(β) (V - (b ⊙ K) S_0)
     O = A U + (b ⊙ Q) S_0          S_C = Diag(b_C) S_0 + (e ⊙ K)ᵀ U
 
 | form    | function        | cost per head, flops                                  | memory beyond inputs and outputs        | arrays            |
 |---------|-----------------|-------------------------------------------------------|-----------------------------------------|-------------------|
-| chunked | delta_chunked_* | 2·N·(D² + 2·D·M + …) + 2·N·C·(3·D + 2·M + C)          | a block of chunks, 16 states · log₁₆ N  | NumPy             |
+| chunked | delta_chunked_* | 6·N·D·M + 4·N·C·(D + M) + N·C²                        | a block of chunks, 16 states · log₁₆ N  | NumPy             |
 | scan    | delta_scan_*    | as chunked, and log₂(N/C) products of D × D matrices  | all of it, N·D·(D + M) / C              | array API, object |
-| masked  | scan, one chunk | 2·N²·(2·D + 2·M) + N³                                 | N²                                      | array API, object |
+| masked  | delta_masked_*  | 2·N²·(2·D + 2·M) + N³                                 | N²                                      | array API, object |
 | step    | delta_step      | 7·D·M per position                                    | D·M                                     | array API, object |
 
-**Backward** of a chunk, R being the cotangent of the state behind it. Z = Diag(β) (V - (b ⊙ K) S_0) is the right side, U = T Z:
+**Backward** of a chunk, R being the cotangent of the state behind it:
 
     dU = Aᵀ dO + (e ⊙ K) R                                                        O = A U + …,   S_C = … + (e ⊙ K)ᵀ U
     dZ = Tᵀ dU                                                                    U = T Z: the transposed system, solved by the same T
-    dV = Diag(β) dZ,   d(b ⊙ K) = -dV S_0ᵀ,   dS_0 = … - (b ⊙ K)ᵀ dV              Z
+    dV = Diag(β) dZ,   d(b ⊙ K) = -dV S_0ᵀ                                         Z
     dB = tril(-dV Uᵀ, -1)                                                         (I + Diag(β) B) U = Z: d(Diag(β) B) = -dZ Uᵀ
     dβ_t = dZ_t · (v_t - S_0ᵀ (b_t ⊙ k_t) - Σ_{j<t} B_tj u_j)                     Z and Diag(β) B
     dA = tril(dO Uᵀ),   d(e ⊙ K) = U Rᵀ,   d(b ⊙ Q) = dO S_0ᵀ                      as in `gated`
-    dS_0 = Diag(b_C) R + (b ⊙ Q)ᵀ dO - Wᵀ dU                                       O, S_C and U = U_0 - W S_0
+    dS_0 = Diag(b_C) R + (b ⊙ Q)ᵀ dO - (b ⊙ K)ᵀ dV                                 S_C, O, Z
 
 T is made by halves from products of blocks, not by a general solver: entry by entry its error is within a small multiple of |T| |I + β B| |T|.
 For keys of length 1 and β ≤ 1 that stays small; where β |k|² > 2 a write overshoots more than it corrects, and state and error grow without limit.
@@ -40,7 +41,7 @@ import numpy as np
 
 from ._array import Array, namespace, transposed
 from .causal import causal_step, causal_step_backward
-from .chunks import CHUNK, Residuals, States, chunked_backward, chunked_forward, scan_backward, scan_forward
+from .chunks import CHUNK, Residuals, States, chunked_backward, chunked_forward, one_chunk, scan_backward, scan_forward
 from .decay import over_group, scores, scores_backward, strictly_lower, unit_lower_inverse
 from .gated import fade, fade_backward
 
@@ -51,9 +52,7 @@ def _forward(xp: Any, states: States, S: Array, Q: Array | None, K: Array, V: Ar
              beta: Array) -> tuple[Array | None, Array]:
     """O and the state behind the last chunk; without Q only the state."""
     A, B, bQ, bK, eK, whole, _, _ = _all_scores(xp, Q, K, g)
-    T = unit_lower_inverse(-beta * B, xp)
-    T *= transposed(beta)                                                                                          # T Diag(β)
-    before, U, end = states(whole, None, S, (eK, T @ bK, T @ V))
+    before, U, end = states(whole, None, S, (eK, unit_lower_inverse(-beta * B, xp), beta * V, beta * bK))
     if Q is None:
         return None, end
     O = A @ U
@@ -65,13 +64,12 @@ def _backward(xp: Any, states: States, S: Array, R: Array, dO: Array, Q: Array, 
               beta: Array) -> tuple[Array | None, ...]:
     """dS_0, dQ, dK, dV, dg, dbeta. The states before the chunks are made once more."""
     A, B, bQ, bK, eK, whole, X, AB = _all_scores(xp, Q, K, g)
-    T, B = unit_lower_inverse(-beta * B, xp), strictly_lower(B, xp)
-    W = T @ (beta * bK)
-    before, U, _ = states(whole, None, S, (eK, W, T @ (beta * V)))
+    T, B, Y = unit_lower_inverse(-beta * B, xp), strictly_lower(B, xp), beta * bK
+    before, U, _ = states(whole, None, S, (eK, T, beta * V, Y))
     minus_near = -over_group(transposed(A) @ dO, xp)
-    behind, minus_dU, dS = states(whole, over_group(transposed(bQ) @ dO, xp), R, (W, eK, minus_near), reverse=True)
+    behind, minus_dZ, dS = states(whole, over_group(transposed(bQ) @ dO, xp), R, (Y, transposed(T), minus_near, eK), reverse=True)
 
-    dZ = -(transposed(T) @ minus_dU)
+    dZ = -minus_dZ
     dV = beta * dZ
     dbeta = xp.sum(dZ * (V - bK @ before - B @ U), axis=-1, keepdims=True)
     dA, dB = dO @ transposed(U), strictly_lower(-(dV @ transposed(U)), xp)
@@ -166,6 +164,22 @@ def delta_scan_backward(dout: Array, dstate: Array | None, residuals: Residuals)
     >>> delta_scan_backward(np.array([[0.0], [1.0]]), None, residuals)[4]
     array([0.5, 0.5])
     """
+    return scan_backward(_backward, dout, dstate, residuals)
+
+
+def delta_masked_forward(q: Array, k: Array, v: Array, g: Array | None, beta: Array,
+                         state: Array | None = None) -> tuple[Array, Array, Residuals]:
+    """(I + Diag(β) B) U = Diag(β) (V - (b ⊙ K) S_0), O = A U + (b ⊙ Q) S_0: the quadratic form, all positions as one chunk. N² memory.
+
+    >>> one = np.ones((3, 1))
+    >>> delta_masked_forward(one, one, one, None, np.array([0.5, 0.5, 0.5]))[0].ravel()
+    array([0.5  , 0.75 , 0.875])
+    """
+    return scan_forward(_forward, q, k, v, (g, beta), state, one_chunk(q))
+
+
+def delta_masked_backward(dout: Array, dstate: Array | None, residuals: Residuals) -> tuple[Any, ...]:
+    """Transpose of `delta_masked_forward`; see `delta_chunked_backward`."""
     return scan_backward(_backward, dout, dstate, residuals)
 
 

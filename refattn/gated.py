@@ -34,7 +34,7 @@ import numpy as np
 
 from ._array import Array, namespace, transposed
 from .causal import causal_step, causal_step_backward
-from .chunks import CHUNK, Residuals, States, chunked_backward, chunked_forward, scan_backward, scan_forward
+from .chunks import CHUNK, Residuals, States, chunked_backward, chunked_forward, one_chunk, scan_backward, scan_forward
 from .decay import over_group, scores, scores_backward
 
 # --- all chunks of a block at once: arrays (..., G, T, C, D), g (..., 1, T, C, W), S (..., 1, D, M) -----------------------------------
@@ -133,6 +133,21 @@ def gated_scan_backward(dout: Array, dstate: Array | None, residuals: Residuals)
     >>> gated_scan_backward(np.array([[0.0], [1.0]]), None, residuals)[3]
     array([0. , 0.5])
     """
+    return scan_backward(_backward, dout, dstate, residuals)
+
+
+def gated_masked_forward(q: Array, k: Array, v: Array, g: Array, state: Array | None = None) -> tuple[Array, Array, Residuals]:
+    """O = A V + (b ⊙ Q) S_0, S_N = Diag(b_N) S_0 + (e ⊙ K)ᵀ V: the quadratic form, all positions as one chunk. N² memory.
+
+    >>> q = k = v = np.ones((4, 1))
+    >>> gated_masked_forward(q, k, v, np.log([1, 0.5, 0.5, 0.5]))[0].ravel()
+    array([1.   , 1.5  , 1.75 , 1.875])
+    """
+    return scan_forward(_forward, q, k, v, (g,), state, one_chunk(q))
+
+
+def gated_masked_backward(dout: Array, dstate: Array | None, residuals: Residuals) -> tuple[Array, ...]:
+    """Transpose of `gated_masked_forward`; see `gated_chunked_backward`."""
     return scan_backward(_backward, dout, dstate, residuals)
 
 

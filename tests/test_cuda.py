@@ -1,6 +1,8 @@
 """The CUDA kernels, run on the CPU by `refattn.simt`: the public functions on (stand-in) CuPy arrays obey the laws of the NumPy ones."""
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -13,15 +15,39 @@ from refattn.cuda import launch
 from refattn.softmax import softmax_step
 from refattn.testing import budgets, laws
 from refattn.testing.softmax_budget import softmax_forward_budget
+from refattn.testing.tensor_budget import tensor_budget
 
 # One size for each dtype, so that a kernel is compiled once: D ≠ M, neither a multiple of 4, one row longer than a tile's columns
 SIZES = {"float64": (5, 7), "float32": (6, 5), "float16": (8, 4), "bfloat16": (8, 4)}
+# float16 and bfloat16 take the tensor cores, and the other kernels where these are not there
+KERNELS = [*SIZES, "float16 without tensor cores", "bfloat16 without tensor cores"]
 few = settings(max_examples=max(settings().max_examples // 4, 5))
 seeds = st.integers(0, 2**32 - 1)
 
 
 def dtype_of(name):
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+@contextmanager
+def kernels_of(cp, kernels):
+    """The dtype, and whether it takes the tensor cores."""
+    dtype, _, without = kernels.partition(" ")
+    with pytest.MonkeyPatch.context() as patch:
+        if without:
+            patch.setattr(launch, "tensor_fits", lambda *a: False)
+        yield dtype, launch.tensor_fits(int(cp.cuda.Device().compute_capability), dtype, *SIZES[dtype])
+
+
+def attention_bounds(tensor, *arrays, **options):
+    """A bound on the error of each result: the budget of sums in the accumulator; or that of sums of parts, before the result is rounded."""
+    if tensor:
+        return tensor_budget(*arrays, **options)
+    return budgets.attention_budget(*arrays, phi=oracle.eq7, dphi=slope, **options)
+
+
+def assert_near(tensor, name, x, right, bound):
+    budgets.assert_within(x, right, bound + (budgets.rounding(np.abs(right) + bound, x.dtype) if tensor else 0), name)
 
 
 @st.composite
@@ -54,14 +80,15 @@ def slope(x):
 
 # --- exact laws ---------------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("dtype", SIZES)
+@pytest.mark.parametrize("kernels", KERNELS)
 @few
 @given(st.data())
-def test_on_integers_the_kernels_give_the_bits_of_the_masked_form(cp, dtype, data):
-    (q, k, v, S, dout, dS), _ = data.draw(problems(dtype, exact=True))
+def test_on_integers_the_kernels_give_the_bits_of_the_masked_form(cp, kernels, data):
+    with kernels_of(cp, kernels) as (dtype, _):
+        (q, k, v, S, dout, dS), _ = data.draw(problems(dtype, exact=True))
+        (got, state), pullback = vjp(recurrence, *to_device(cp, q, k, v), None, None, cp.asarray(S))
+        dq, dk, dv, _, _, dS0 = pullback(*to_device(cp, dout, dS))
     out, end, residuals = causal_masked_forward(q, k, v, S)
-    (got, state), pullback = vjp(recurrence, *to_device(cp, q, k, v), None, None, cp.asarray(S))
-    dq, dk, dv, _, _, dS0 = pullback(*to_device(cp, dout, dS))
     laws.law_equal_bits({"masked": [out, end, *causal_masked_backward(dout, dS, residuals)],
                          "kernels": to_host(got, state, dq, dk, dv, dS0)})
 
@@ -95,16 +122,17 @@ def test_the_naive_and_the_sequential_kernel_give_the_same_bits_on_integers(cp, 
 
 # --- laws with derived bounds -------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("dtype", SIZES)
+@pytest.mark.parametrize("kernels", KERNELS)
 @few
 @given(st.data())
-def test_attention_and_its_gradients_stay_within_the_budget(cp, dtype, data):
-    (q, k, v, S, dout, dS), rng = data.draw(problems(dtype))
-    z, dz = np.abs(rng.standard_normal(S.shape[:-1])).astype(S.dtype), rng.standard_normal(S.shape[:-1]).astype(S.dtype)
-    eps = data.draw(st.sampled_from([0.0, 1e-6, 0.5]))
-    (out, end), pullback = vjp(causal_linear_attention, *to_device(cp, q, k, v), State(*to_device(cp, S, z)), eps=eps)
-    dq, dk, dv, start = pullback(cp.asarray(dout), State(*to_device(cp, dS, dz)))
-    b = budgets.attention_budget(q, k, v, S, z, dout, dS, dz, phi=oracle.eq7, dphi=slope, eps=eps)
+def test_attention_and_its_gradients_stay_within_the_budget(cp, kernels, data):
+    with kernels_of(cp, kernels) as (dtype, tensor):
+        (q, k, v, S, dout, dS), rng = data.draw(problems(dtype))
+        z, dz = np.abs(rng.standard_normal(S.shape[:-1])).astype(S.dtype), rng.standard_normal(S.shape[:-1]).astype(S.dtype)
+        eps = data.draw(st.sampled_from([0.0, 1e-6, 0.5]))
+        (out, end), pullback = vjp(causal_linear_attention, *to_device(cp, q, k, v), State(*to_device(cp, S, z)), eps=eps)
+        dq, dk, dv, start = pullback(cp.asarray(dout), State(*to_device(cp, dS, dz)))
+    b = attention_bounds(tensor, q, k, v, S, z, dout, dS, dz, eps=eps)
     expected, (end_S, end_z) = oracle.causal_linear_attention(q, k, v, State(S, z), eps=eps)
     wide = [x.astype(np.float64) for x in (q, k, v, S, z, dout, dS, dz)]
     gq, gk, gv, gs = vjp(causal_linear_attention, *wide[:3], State(*wide[3:5]), eps=eps)[1](wide[5], State(*wide[6:]))
@@ -112,14 +140,14 @@ def test_attention_and_its_gradients_stay_within_the_budget(cp, dtype, data):
     assert [x.dtype for x in got] == [q.dtype, *[S.dtype] * 2, *[q.dtype] * 3, *[S.dtype] * 2]
     for name, x, y, bound in zip(("out", "S", "z", "dq", "dk", "dv", "dS", "dz"), got, (expected, end_S, end_z, gq, gk, gv, *gs),
                                  (b.out, b.S, b.z, b.dq, b.dk, b.dv, b.dS, b.dz), strict=True):
-        budgets.assert_within(x, y, bound, name)
+        assert_near(tensor, name, x, y, bound)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float16"])
+@pytest.mark.parametrize("kernels", ["float64", "float16", "float16 without tensor cores"])
 @few
 @given(st.data())
-def test_padding_changes_nothing_and_garbage_in_it_reaches_nothing(cp, dtype, data):
-    (q, k, v, _, dout, _), rng = data.draw(problems(dtype))
+def test_padding_changes_nothing_and_garbage_in_it_reaches_nothing(cp, kernels, data):
+    (q, k, v, S, dout, _), rng = data.draw(problems(kernels.split()[0]))
     nq, nk = rng.integers(0, q.shape[-2] + 1, q.shape[:-2]), rng.integers(0, q.shape[-2] + 1, k.shape[:-2])
 
     def spoiled(x, lengths, by):
@@ -133,15 +161,16 @@ def test_padding_changes_nothing_and_garbage_in_it_reaches_nothing(cp, dtype, da
                             query_lengths=nq, key_lengths=nk, **options)
         return to_host(out, *pullback(cp.asarray(spoiled(dout, nq, by))))
 
-    for feature_map in ("elu1", "relu"):                                          # fused, and as array code
-        laws.law_equal_bits({"zeros": run(0, feature_map=feature_map), "NaN": run(np.nan, feature_map=feature_map)})
-    b = budgets.attention_budget(q, k, v, *(np.zeros((*k.shape[:-2], q.shape[-1], *m)) for m in ((v.shape[-1],), ())), dout,
-                                 *(np.zeros((*k.shape[:-2], q.shape[-1], *m)) for m in ((v.shape[-1],), ())), phi=oracle.eq7, dphi=slope,
-                                 query_lengths=nq, key_lengths=nk, dtype=q.dtype)
+    with kernels_of(cp, kernels) as (_, tensor):
+        for feature_map in ("relu", "elu1"):                                      # as array code, and fused
+            garbage = run(np.nan, feature_map=feature_map)
+            laws.law_equal_bits({"zeros": run(0, feature_map=feature_map), "NaN": garbage})
+    zero = 0 * S, 0 * S[..., 0]
+    b = attention_bounds(tensor, q, k, v, *zero, dout, *zero, query_lengths=nq, key_lengths=nk)
     wide = [x.astype(np.float64) for x in (q, k, v, dout)]
     out, pullback = vjp(linear_attention, *wide[:3], causal=True, query_lengths=nq, key_lengths=nk)
-    for name, x, y, bound in zip(("out", "dq", "dk", "dv"), run(np.nan), (out, *pullback(wide[3])), (b.out, b.dq, b.dk, b.dv), strict=True):
-        budgets.assert_within(x, y, bound, name)
+    for name, x, y, bound in zip(("out", "dq", "dk", "dv"), garbage, (out, *pullback(wide[3])), (b.out, b.dq, b.dk, b.dv), strict=True):
+        assert_near(tensor, name, x, y, bound)
 
 
 @pytest.mark.parametrize("D, M, normalised", [(64, 64, True), (40, 130, True), (130, 40, True), (256, 256, False)])
@@ -163,23 +192,25 @@ def test_sizes_of_several_tiles(cp, D, M, normalised, rng):
         budgets.assert_within(x, y, bound, name)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_step_continues_a_prefix(cp, dtype, rng):
-    D, M = SIZES[dtype]
-    q, k, v = (rng.standard_normal(shape).astype(dtype) for shape in ((2, 4, 9, D), (2, 2, 9, D), (2, 2, 9, M)))
-    whole, end = causal_linear_attention(q, k, v)
-    b = budgets.attention_budget(q, k, v, *(np.zeros((2, 2, D, *m), end.S.dtype) for m in ((M,), ())), q[..., :1] * np.ones(M, dtype),
-                                 end.S, end.z, phi=oracle.eq7, dphi=slope)
-    arrays, outs = to_device(cp, q, k, v), []
-    _, state = causal_linear_attention(*(x[..., :5, :] for x in arrays))
-    for t in range(5, 9):
-        before = to_host(*state)
-        out, new = causal_linear_attention_step(*(x[..., t, :] for x in arrays), state)
-        laws.law_equal_bits({"before": before, "after": to_host(*state)})
-        outs, state = [*outs, out.get()], new
-    budgets.assert_within(np.stack(outs, -2), whole[..., 5:, :], 2 * b.out[..., 5:, :])
-    for name, x, y, bound in zip("Sz", to_host(*state), end, (b.S, b.z), strict=True):
-        budgets.assert_within(x, y, 2 * bound, name)
+@pytest.mark.parametrize("kernels", ["float32", "float16", "float16 without tensor cores"])
+def test_a_step_continues_a_prefix(cp, kernels, rng):
+    """The prefix by one kernel, its steps by another, both near the NumPy form, which has an error of its own."""
+    with kernels_of(cp, kernels) as (dtype, tensor):
+        D, M = SIZES[dtype]
+        q, k, v = (rng.standard_normal(shape).astype(dtype) for shape in ((2, 4, 9, D), (2, 2, 9, D), (2, 2, 9, M)))
+        whole, end = causal_linear_attention(q, k, v)
+        problem = q, k, v, 0 * end.S, 0 * end.z, q[..., :1] * np.ones(M, dtype), end.S, end.z
+        usual, ours = attention_bounds(False, *problem), attention_bounds(tensor, *problem)
+        arrays, outs = to_device(cp, q, k, v), []
+        _, state = causal_linear_attention(*(x[..., :5, :] for x in arrays))
+        for t in range(5, 9):
+            before = to_host(*state)
+            out, new = causal_linear_attention_step(*(x[..., t, :] for x in arrays), state)
+            laws.law_equal_bits({"before": before, "after": to_host(*state)})
+            outs, state = [*outs, out.get()], new
+    assert_near(tensor, "out", np.stack(outs, -2), whole[..., 5:, :].astype(float), (usual.out + ours.out)[..., 5:, :])
+    for name, x, y in zip("Sz", to_host(*state), end, strict=True):
+        assert_near(tensor, name, x, y, getattr(usual, name) + getattr(ours, name))
 
 
 # --- audits -------------------------------------------------------------------------------------------------------------------------------
@@ -219,7 +250,7 @@ def test_empty_batches_launch_nothing(simt, shape, monkeypatch):
 
 def test_a_grid_that_cuda_cannot_launch_is_a_clear_error():
     with pytest.raises(ValueError, match=r"group_dq: \(1, 70000\) blocks are more than CUDA can launch .* split the batch"):
-        launch.Kernels({}).launch("group_dq", (1, 70000), 0)
+        launch.Kernels({}, 1, 1, 4).launch("group_dq", (1, 70000), 0)
 
 
 def test_strides_and_the_inputs_are_as_before(cp, rng):

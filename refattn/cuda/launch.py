@@ -1,4 +1,4 @@
-"""Launches the kernels of `linear.cu` on CuPy arrays.
+"""Launches the kernels of `linear.cu`, and for float16 and bfloat16 those of `tensor.cu`, on CuPy arrays.
 
 The array module comes with the call: CuPy, or its stand-in `refattn.simt.cupy`, which runs the same kernels on the CPU. Forward:
 
@@ -8,6 +8,8 @@ The array module comes with the call: CuPy, or its stand-in `refattn.simt.cupy`,
 Backward: the states before each group are kept (N / rows of them), so
 
     group_dq  →  group_states of φ(q) and G  →  scan_states from the end  →  group_dk_dv, or group_dk and group_dv where D or M is over 64
+
+Where `tensor_fits` says so, (a) and (c) are the kernels of the same names with `_tc`, which take the same arguments.
 
 Shapes are those of `causal`: q (..., G·H, N, D), k (..., H, N, D), v (..., H, N, M), S (..., H, D, M), z (..., H, D). Nothing is checked here but
 what CUDA limits; `causal_linear_attention` and `recurrence` check the rest.
@@ -94,23 +96,28 @@ def state_bytes(width: int, tile: Tile, itemsize: int) -> int:
 
 
 def tensor_bytes(kernel: str, D: int, M: int) -> int:
-    """Shared memory of group_states_tc: k and v, or a tile of each warp; and of group_outputs_tc: these tiles; q, k, v; the weights and the
-    state, each as two parts; the key sum, two numbers a row, and one a warp."""
-    row_d, columns, stages = _up(D, 16) + 8, min(_up(M, 16), TENSOR_COLUMNS), 8 * (15 * 24 + 16) * 4
-    if kernel == "group_states_tc":
-        return max(2 * 64 * (row_d + _up(M, 16) + 8), stages)
-    C, row_v = 32, columns + 8
-    return stages + 2 * (2 * C * row_d + C * row_v + 2 * C * (C + 8) + 2 * _up(D, 16) * row_v) + 4 * (_up(D, 16) + 2 * C + 8)
+    """Shared memory of group_states_tc: y and z, a few numbers, or a tile of each warp; of the others: x; y, under it the weights, and z, under
+    both these tiles; the state, as two parts; the scores; and a few rows of numbers. What may be two parts is counted as two."""
+    C, stages, turned = 32, 8 * (15 * 24 + 16) * 4, kernel in ("group_dq_tc", "group_dk_tc")
+    width, columns = (_up(M, 16), _up(D, 16)) if turned else (_up(D, 16), _up(M, 16))
+    if kernel in ("group_states_tc", "group_costates_tc"):
+        return max(2 * C * (2 * (width + 8) + columns + 8) + 4 * (C + 8) * (kernel == "group_costates_tc"), stages)
+    (x_parts, z_parts), columns = (1, 2) if turned else (2, 1), min(columns, TENSOR_COLUMNS)
+    x, z, state = 2 * x_parts * C * (width + 8), 2 * z_parts * C * (columns + 8), 4 * width * (columns + 8)
+    numbers = C * (C + 8) + columns + width + 4 * C + (16 if kernel in ("group_dk_tc", "group_dv_tc") else 8)
+    return x + max(max(x, 4 * C * (C + 8)) + z, stages) + state + 4 * numbers
 
 
 def tensor_fits(capability: int, dtype: str, D: int, M: int) -> bool:
-    """Whether tensor cores of a device can take the forward: bfloat16 needs sm_80, and so does a block of half with over 64 KB.
+    """Whether the tensor cores of a device take arrays: bfloat16 needs sm_80, and so does a block of half with over 64 KB.
 
     >>> tensor_fits(75, "float16", 64, 64), tensor_fits(75, "float16", 128, 128), tensor_fits(80, "bfloat16", 128, 128)
     (True, False, True)
     """
-    least = 75 if dtype == "float16" and tensor_bytes("group_outputs_tc", D, M) <= 64 << 10 else 80
-    return dtype in ("float16", "bfloat16") and max(D, M) <= 128 and capability >= least
+    if dtype not in ("float16", "bfloat16") or max(D, M) > 128:
+        return False
+    most = max(tensor_bytes(kernel, D, M) for kernel in ("group_outputs_tc", "group_dq_tc"))
+    return capability >= (75 if dtype == "float16" and most <= 64 << 10 else 80)
 
 
 def instances(dtype: str, D: int, M: int, feature: int, normalised: bool, tensor: bool = False) -> list[tuple[str, int, int]]:
@@ -149,13 +156,14 @@ def group_rows(heads: int, N: int) -> int:
 
 
 def names(dtype: str, D: int, M: int, feature: int, normalised: bool, tensor: bool = False) -> dict[str, str]:
-    """The instances that one call of forward and backward needs: kernel → name expression. `tensor`: of a forward on tensor cores."""
+    """The instances that one call of forward and backward needs: kernel → name expression. `tensor`: those on tensor cores."""
     T, size = C_TYPES[dtype], 8 if dtype == "float64" else 4
     flags = f"{feature}, {str(normalised).lower()}"
     over_d, over_m = (f"{T}, {D}, {M}, {t.C}, {t.columns}, {flags}" for t in (tile(D, M, size), tile(M, D, size)))
     if tensor:
-        return {"group_states_tc": f"group_states_tc<{T}, {D}, {M}, {flags}>", "scan_states": "scan_states<float>",
-                "group_outputs_tc": f"group_outputs_tc<{T}, {D}, {M}, {flags}>"}
+        kinds = {"group_states": ", false", "group_costates": ", true", "group_outputs": "", "group_dq": "", "group_dk": "", "group_dv": ""}
+        return {"scan_states": "scan_states<float>", **{
+            f"{kernel}_tc": f"{kernel.replace('costates', 'states')}_tc<{T}, {D}, {M}, {flags}{more}>" for kernel, more in kinds.items()}}
     return {
         "group_states": f"group_states<{over_d}, false>", "group_costates": f"group_states<{over_d}, true>",
         "scan_states": f"scan_states<{'double' if size == 8 else 'float'}>", "group_outputs": f"group_outputs<{over_d}>",
@@ -167,10 +175,8 @@ def names(dtype: str, D: int, M: int, feature: int, normalised: bool, tensor: bo
 
 def causal_forward(xp: Any, q: Array, k: Array, v: Array, S: Array | None = None, z: Array | None = None, *, feature: int = 0,
                    normalised: bool = False, scale: float = 1.0, eps: float = 0.0, query_lengths: Array | None = None,
-                   key_lengths: Array | None = None, tensor: bool = False) -> tuple[Array, Array, Array, Residuals]:
+                   key_lengths: Array | None = None) -> tuple[Array, Array, Array, Residuals]:
     """out, S_N, z_N and what the backward needs. `feature`: 0 identity, 1 elu + 1, applied to q and k while they are read.
-    `tensor`: on tensor cores where `tensor_fits`. φ(q) and φ(k), and with them the float32 state, then have the precision of the arrays'
-    dtype, which is why it is not the default: see `tensor.cu`.
 
     Lengths are int32, one for each head. O(N·D·M) flops; extra memory a state for each group of positions, see `group_rows`.
     """
@@ -181,8 +187,6 @@ def causal_forward(xp: Any, q: Array, k: Array, v: Array, S: Array | None = None
         end_S, end_z = xp.zeros((*k.shape[:-2], D, M), dtype=acc), xp.zeros((*k.shape[:-2], D), dtype=acc)
         if S is not None:
             end_S, end_z = _ready(xp, S), end_z if z is None else _ready(xp, z)
-        tensor = tensor and tensor_fits(int(xp.cuda.Device(_device_id(xp)).compute_capability), dtype_name(v), D, M)
-        kernels = _kernels(xp, _device_id(xp), dtype_name(v), D, M, feature, normalised, tensor)
         rows = group_rows(heads, N)
         groups = -(-N // rows)
         states = xp.empty((heads // max(shared, 1), groups, _up(D * M + D, 4)), dtype=acc)
@@ -191,22 +195,14 @@ def causal_forward(xp: Any, q: Array, k: Array, v: Array, S: Array | None = None
         if not heads * N:
             return out, end_S, end_z, residuals
         start_S, start_z, end_S, end_z = end_S, end_z, xp.empty_like(end_S), xp.empty_like(end_z)
-        size, wide = states.dtype.itemsize, tile(D, M, states.dtype.itemsize)
-        number, i4 = states.dtype.type, np.int32
-        kv = heads // shared
-        columns, suffix = (min(_up(M, 16), TENSOR_COLUMNS), "_tc") if tensor else (wide.columns, "")
-        bytes_a, bytes_c = (shared_bytes(name + suffix, D, M, size) for name in ("group_states", "group_outputs"))
+        kernels = _kernels(xp, _device_id(xp), dtype_name(v), D, M, feature, normalised, _tensor(xp, v, D, M))
+        number, i4, kv = states.dtype.type, np.int32, heads // shared
         shape = i4(N), i4(groups), i4(rows)
-        if tensor:
-            kernels.launch("group_states_tc", (kv * groups,), bytes_a, k, v, states, _or_null(key_lengths), *shape)
-        else:
-            kernels.launch("group_states", (kv * groups, -(-M // columns)), bytes_a,
-                           k, v, NULL, NULL, states, _or_null(key_lengths), *shape, number(1))
+        kernels.run("group_states", kv * groups, k, v, NULL, NULL, states, _or_null(key_lengths), *shape, number(1))
         kernels.launch("scan_states", (kv, -(-(D * M + D) // THREADS)), 0,
                        states, start_S, start_z, end_S, end_z, i4(groups), i4(1), i4(D * M), i4(D), i4(0))
-        kernels.launch(f"group_outputs{suffix}", (heads * groups, -(-M // columns)), bytes_c,
-                       q, k, v, states, out, inv if normalised else NULL, _or_null(query_lengths), _or_null(key_lengths),
-                       *shape, i4(shared), number(scale), number(eps))
+        kernels.run("group_outputs", heads * groups, q, k, v, states, out, inv if normalised else NULL, _or_null(query_lengths),
+                    _or_null(key_lengths), *shape, i4(shared), number(scale), number(eps))
         return out, end_S, end_z, residuals
 
 
@@ -222,29 +218,22 @@ def causal_backward(xp: Any, dout: Array, dS: Array | None, dz: Array | None,
         end_z = xp.zeros((*k.shape[:-2], D), dtype=acc) if dz is None else _ready(xp, dz)
         if not heads * N:
             return dq, dk, dv, end_S, end_z
-        kernels = _kernels(xp, _device_id(xp), dtype_name(v), D, M, feature, normalised)
+        kernels = _kernels(xp, _device_id(xp), dtype_name(v), D, M, feature, normalised, _tensor(xp, v, D, M))
         dS, dz = xp.empty_like(end_S), xp.empty_like(end_z)
-        groups, kv, size = states.shape[1], heads // shared, states.dtype.itemsize
-        over_d, over_m = tile(D, M, size), tile(M, D, size)
-        number, i4 = states.dtype.type, np.int32
+        groups, kv, number, i4 = states.shape[1], heads // shared, states.dtype.type, np.int32
         lengths = _or_null(query_lengths), _or_null(key_lengths)
         shape = i4(N), i4(groups), i4(rows), i4(shared), number(scale)
         quotient = (inv, xp.empty_like(inv)) if normalised else (NULL, NULL)
         costates = xp.empty((heads, groups, _up(D * M + D, 4)), dtype=acc)
-        kernels.launch("group_dq", (heads * groups, -(-D // over_m.columns)), shared_bytes("group_dq", D, M, size),
-                       q, k, v, dout, out, states, *quotient, dq, *lengths, *shape)
-        kernels.launch("group_costates", (heads * groups, -(-M // over_d.columns)), shared_bytes("group_costates", D, M, size),
-                       q, dout, *quotient, costates, lengths[0], i4(N), i4(groups), i4(rows), number(scale))
+        kernels.run("group_dq", heads * groups, q, k, v, dout, out, states, *quotient, dq, *lengths, *shape)
+        kernels.run("group_costates", heads * groups, q, dout, *quotient, costates, lengths[0], i4(N), i4(groups), i4(rows), number(scale))
         kernels.launch("scan_states", (kv, -(-(D * M + D) // THREADS)), 0,
                        costates, end_S, end_z, dS, dz, i4(groups), i4(shared), i4(D * M), i4(D), i4(1))
-        if both_at_once(D, M, size):
-            kernels.launch("group_dk_dv", (kv * groups,), shared_bytes("group_dk_dv", D, M, size),
-                           q, k, v, dout, costates, *quotient, dk, dv, *lengths, *shape)
+        if "group_dk_dv" in kernels.functions:
+            kernels.run("group_dk_dv", kv * groups, q, k, v, dout, costates, *quotient, dk, dv, *lengths, *shape)
             return dq, dk, dv, dS, dz
-        kernels.launch("group_dk", (kv * groups, -(-D // over_m.columns)), shared_bytes("group_dk", D, M, size),
-                       q, k, v, dout, costates, *quotient, dk, *lengths, *shape)
-        kernels.launch("group_dv", (kv * groups, -(-M // over_d.columns)), shared_bytes("group_dv", D, M, size),
-                       q, k, dout, costates, quotient[0], dv, *lengths, *shape)
+        kernels.run("group_dk", kv * groups, q, k, v, dout, costates, *quotient, dk, *lengths, *shape)
+        kernels.run("group_dv", kv * groups, q, k, dout, costates, quotient[0], dv, *lengths, *shape)
         return dq, dk, dv, dS, dz
 
 
@@ -263,7 +252,17 @@ def causal_step(xp: Any, q_t: Array, k_t: Array, v_t: Array, S: Array, z: Array,
 
 
 class Kernels(NamedTuple):
+    """The compiled instances of one size; by `names`."""
+
     functions: dict[str, Any]
+    D: int
+    M: int
+    itemsize: int
+
+    def run(self, name: str, blocks: int, *arguments: Any) -> None:
+        """A kernel of (a) or (c), or that of tensor cores where there is one, with `blocks` blocks for each of its blocks of columns."""
+        name = f"{name}_tc" if f"{name}_tc" in self.functions else name
+        self.launch(name, (blocks, column_blocks(name, self.D, self.M, self.itemsize)), shared_bytes(name, self.D, self.M, self.itemsize), *arguments)
 
     def launch(self, name: str, grid: tuple[int, ...], shared_bytes: int, *arguments: Any) -> None:
         """On the current stream, with THREADS threads a block. ValueError where CUDA has no grid so large."""
@@ -272,17 +271,35 @@ class Kernels(NamedTuple):
         self.functions[name](grid, (THREADS,), arguments, shared_mem=shared_bytes)
 
 
+def column_blocks(kernel: str, D: int, M: int, itemsize: int) -> int:
+    """How many blocks share the columns of the state, or of its transpose, in a kernel of (a) or (c)."""
+    width, columns = (M, D) if kernel.startswith(("group_dq", "group_dk")) else (D, M)
+    if kernel in ("group_dk_dv", "group_states_tc", "group_costates_tc"):
+        return 1
+    return -(-columns // (TENSOR_COLUMNS if kernel.endswith("_tc") else tile(width, columns, itemsize).columns))
+
+
 @cache
 def _kernels(xp: Any, device: int, dtype: str, D: int, M: int, feature: int, normalised: bool, tensor: bool = False) -> Kernels:
-    """The compiled instances, once for each device; CuPy keeps what NVRTC made on disk."""
-    expressions = names(dtype, D, M, feature, normalised, tensor)
-    module = xp.RawModule(code=source(tensor), options=("-std=c++17",), name_expressions=tuple(expressions.values()))
-    functions = {name: module.get_function(expression) for name, expression in expressions.items()}
+    """The compiled instances, once for each device; CuPy keeps what NVRTC made on disk. ImportError where CUDA's mma.h is needed and missing."""
+    expressions, size = names(dtype, D, M, feature, normalised, tensor), 8 if dtype == "float64" else 4
+    try:
+        module = xp.RawModule(code=source(tensor), options=("-std=c++17",), name_expressions=tuple(expressions.values()))
+        functions = {name: module.get_function(expression) for name, expression in expressions.items()}
+    except Exception as error:
+        if not (tensor and '"mma.h"' in str(error)):
+            raise
+        raise ImportError(f"{dtype}: the kernels for tensor cores need mma.h, of CUDA's own headers, which CuPy does not find; install them with: "
+                          "pip install 'cupy-cuda13x[ctk]', or 'cupy-cuda12x[ctk]', whichever CuPy is here") from error
     for name, function in functions.items():
-        needed = shared_bytes(name, D, M, 8 if dtype == "float64" else 4)
+        needed = shared_bytes(name, D, M, size)
         if needed > STATIC_SHARED:
             function.max_dynamic_shared_size_bytes = needed
-    return Kernels(functions)
+    return Kernels(functions, D, M, size)
+
+
+def _tensor(xp: Any, v: Array, D: int, M: int) -> bool:
+    return tensor_fits(int(xp.cuda.Device(_device_id(xp)).compute_capability), dtype_name(v), D, M)
 
 
 def _sizes(q: Array, k: Array, v: Array) -> tuple[int, int, int, int, int, Any]:

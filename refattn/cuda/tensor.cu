@@ -1,40 +1,58 @@
-// Rule `linear`, forward, for half and bfloat16 on tensor cores: phases (a) and (c) of linear.cu as products of tiles of 16 × 16 × 16.
+// Rule `linear` for half and bfloat16 on tensor cores: phases (a) and (c) of linear.cu as products of tiles of 16 × 16 × 16.
 //
-// | kernel           | computes                                                       | one block takes                        |
-// |------------------|----------------------------------------------------------------|----------------------------------------|
-// | group_states_tc  | (a) each group's own Σ_j k_j v_jᵀ and Σ_j k_j                   | a group                                |
-// | group_outputs_tc | (c) O = tril(Q Kᵀ) V + Q S, S ← S + Kᵀ V, chunk by chunk        | a group, 64 columns of v               |
+// | kernel           | computes                                                            | one block takes                             |
+// |------------------|---------------------------------------------------------------------|---------------------------------------------|
+// | group_states_tc  | (a) each group's own Σ_j k_j v_jᵀ and Σ_j k_j, or Σ_j φ(q_j) G_jᵀ    | a group                                     |
+// | group_outputs_tc | (c) out from the state before the group (eq. 12)                    | a group, 64 columns of the state            |
+// | group_dq_tc      | δ_i = -do_i·out_i, dφ(q)_i = S_i G_i (eq. 13)                       | the same                                    |
+// | group_dk_tc      | dφ(k)_i = R_i [v_i | 1]  (eq. 14)                                   | the same                                    |
+// | group_dv_tc      | dv_i = R_iᵀ φ(k_i)  (eq. 15)                                        | the same                                    |
 //
-// Arrays, states, lengths, FEATURE and NORM are those of linear.cu, and so are phase (b) and the backward. Rows and columns beyond D and M are
-// zeros up to a multiple of 16. bfloat16 needs sm_80, half sm_75.
+// Arrays, states, lengths, FEATURE, NORM and arguments are those of linear.cu, and so is phase (b). Rows and columns beyond D and M are zeros
+// up to a multiple of 16. bfloat16 needs sm_80, half sm_75.
 //
-// What is rounded. With u the roundoff of T (2⁻¹¹ half, 2⁻⁸ bfloat16):
+// G_j = c_j [do_j | δ_j] with c_j = 1 / (den_j + ε): do_j is a number of T, and the float c_j goes where it costs least. All of (c) is
 //
-// 1. φ(q) and φ(k), once each, to T: u·φ, or half the smallest number of T where that is more. The identity is exact. Key sums are sums of
-//    the rounded φ(k), so that num and den see the same keys.
-// 2. Scores and the state before a chunk are floats. Each enters its product as two parts of T, x = hi + lo, hi = T(x), lo = T(x - hi),
-//    which leave at most u²·|x|. Half ends at 2⁻²⁴ and 2¹⁶, so each row of scores, and the block's state, is first brought to a maximum in
-//    [2¹⁴, 2¹⁵) by a power of two: what is left is at most max(u²·|x|, 2⁻³⁹·max |x|), and nothing overflows. den adds up hi + lo.
+//     o_i = Sᵀ x_i + e_i s + weight·Σ_{j≤i} (x_i·y_j + e_i f_j) z_j                                     (j ≥ i for dk and dv)
+//
+// |     | x    | e | y      | f | z      | S  | s                     | parts of x, y, z | weight |                      |
+// |-----|------|---|--------|---|--------|----|-----------------------|------------------|--------|----------------------|
+// | out | φ(q) |   | φ(k)   |   | v      | S  |                       | 2, 2, 1          | 1      | times scale·c_i      |
+// | dq  | do   | δ | v      | 1 | φ(k)   | Sᵀ | z, the sum of keys    | 1, 1, 2          | 1      | times scale·c_i      |
+// | dk  | v    | 1 | do     | δ | c φ(q) | Rᵀ | r, that of δ_j c_jφ(q_j) | 1, 1, 2       | scale  |                      |
+// | dv  | φ(k) |   | c φ(q) |   | do     | R  |                       | 2, 2, 1          | scale  |                      |
+//
+// What is rounded. With u the roundoff of T (2⁻¹¹ half, 2⁻⁸ bfloat16), a float x enters a product as two parts of T, x = hi + lo,
+// hi = T(x), lo = T(x - hi), which leave at most u²·|x|; lo·lo, another u², is left out. What T holds exactly is one part.
+//
+// 1. φ(q) and φ(k), where φ is not the identity: two parts. In half no number is smaller than 2⁻²⁴: 2⁻²⁵ is left where that is more. No power
+//    of two comes before, for it would be one for all keys of a chunk, since S adds them up, and the later would reach the earlier.
+// 2. Scores, the state before a chunk, and c φ(q): two parts. Half ends at 2⁻²⁴ and 2¹⁶, so each row of scores, the block's state, and a
+//    chunk of c φ(q), is first brought to a maximum in [2¹⁴, 2¹⁵) by a power of two: what is left is at most max(u²·|x|, 2⁻³⁹·max |x|), and
+//    nothing overflows.
 // 3. Sums are floats. A tensor core adds b ≥ 4 products at a time to a sum, and cuts each addend, and the result, off at the last place of
-//    the largest: 2(b + 2)/b ≤ 3 roundings for each product, where a float sum has one.
-// 4. out, once, to T.
+//    the largest: 2(b + 2)/b ≤ 3 roundings for each product, where a float sum has one. den adds up hi + lo.
+// 4. Results of T, once, to T.
 //
-// In first order, a_ij = φ(q_i)·φ(k_j) being off by δa from 1 and 2, and the sum S of the past by δS,
-//     δnum_i = Σ_{j≤i} δa_ij |v_j| + δφ(q_i)·|S| + φ(q_i)·δS,    δden_i likewise with v = 1,    δout = (δnum + |out| δden) / den.
-// With elu + 1 that is at most 4u times the same sum of |v|; with the identity, where only 2 is left, at most u² before the division, 2u²
-// after it. A score or a state that is infinite becomes NaN.
+// So a score is off by 3u² (φ(q), φ(k), lo·lo), its weight by 4u², num and den by 4u² of the same sums of |v| and of 1, out by 8u² of the
+// first over den; S by u² of its own sum. c is off by 4u², c φ(q) by 5u², δ by 8u², and each term of a gradient by at most 15u²:
+// `testing/tensor_budget.py` adds it all up. A score or a state that is infinite becomes NaN.
 #include "linear.cu"
 #include <mma.h>
 
 namespace wmma = nvcuda::wmma;
 
-constexpr int CHUNK = 32, STATE_CHUNK = 64;                             // positions at a time: (c), (a)
+constexpr int CHUNK = 32;                                               // positions at a time
 
 // Strides in shared memory. A tile of T is read 8 rows of 16 bytes at a time, for which rows of an odd number of 16 bytes lie in different
 // banks; a tile of floats is written 4 rows of 32 bytes at a time.
 template <int W> constexpr int ROW = up(W, 16) + 8;
 constexpr int STAGE_ROW = 24, STAGE = 15 * STAGE_ROW + 16, SCORE_ROW = CHUNK + 8;
-template <int M> constexpr int COLUMNS = up(M, 16) < 64 ? up(M, 16) : 64;      // of v, in a block of group_outputs_tc
+template <int V> constexpr int COLUMNS = up(V, 16) < 64 ? up(V, 16) : 64;      // of the state, in a block of (c)
+template <int W> constexpr int QUADS = (CHUNK * up(W, 16) / 4 + THREADS - 1) / THREADS;       // four numbers each, of a chunk, for a thread
+
+// Blocks on a multiprocessor that registers must allow
+template <int D, int M> constexpr int RESIDENT = D <= 64 && M <= 64 ? 2 : 1;
 
 template <typename T> using Rows = wmma::fragment<wmma::matrix_a, 16, 16, 16, T, wmma::row_major>;
 template <typename T> using RowsTurned = wmma::fragment<wmma::matrix_a, 16, 16, 16, T, wmma::col_major>;
@@ -42,34 +60,91 @@ template <typename T> using Columns = wmma::fragment<wmma::matrix_b, 16, 16, 16,
 template <typename T> using ColumnsTurned = wmma::fragment<wmma::matrix_b, 16, 16, 16, T, wmma::col_major>;
 typedef wmma::fragment<wmma::accumulator, 16, 16, 16, float> Tile;
 
+__host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
+
 template <typename T> constexpr bool SMALL_RANGE = false;
 template <> constexpr bool SMALL_RANGE<__half> = true;
+
+// --- numbers as parts of T, and powers of two that keep them in half's range -----------------------------------------------------------------
 
 __device__ __forceinline__ float warp_max(float x) {
   for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
   return x;
 }
-
 // The power of two, at most 2¹⁰⁰, that brings `top` to [2¹⁴, 2¹⁵), by its exponent alone; 1 where T has the range of a float
 template <typename T> __device__ __forceinline__ float lift(float top) {
   return SMALL_RANGE<T> ? __int_as_float(min(268 - (__float_as_int(top) >> 23), 227) << 23) : 1.f;
 }
-
-// tile[r][c] = map(rows[start + r][column + c]) in T; 0 from row `end` and column W on
-template <int ROWS, int W, int WIDTH, typename T, class Map>
-__device__ __forceinline__ void load_rows(T* tile, const T* rows, int start, int end, int column, Map map) {
-  constexpr int LD = ROW<WIDTH>, QUADS = up(WIDTH, 16) / 4;
-  for (int n = threadIdx.x; n < ROWS * QUADS; n += THREADS) {
-    const int r = n / QUADS, c = n % QUADS * 4;
-    float x[4] = {};
-    if (start + r < end) {
-      get4<W>(rows + (long long)(start + r) * W, column + c, x);
+// The same for all numbers of a block: each warp leaves the largest of its own, and after a barrier all threads read them. An infinite one
+// does not count: it is lost anyway, and all others would be with it.
+template <typename T, int R, int C> __device__ __forceinline__ void leave_top(float* tops, const float (&x)[R][C]) {
+  if constexpr (SMALL_RANGE<T>) {
+    float top = 0;
 #pragma unroll
-      for (int b = 0; b < 4; ++b) x[b] = column + c + b < W ? map(x[b]) : 0.f;
-    }
-    put4<LD>(tile + r * LD, c, x);
+    for (int r = 0; r < R; ++r)
+#pragma unroll
+      for (int c = 0; c < C; ++c) top = fmaxf(top, fabsf(x[r][c]) < __int_as_float(255 << 23) ? fabsf(x[r][c]) : 0.f);
+    top = warp_max(top);
+    if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
   }
 }
+template <typename T> __device__ __forceinline__ float lift(const float* tops) {
+  float top = 0;
+  if constexpr (SMALL_RANGE<T>)
+    for (int w = 0; w < WARPS; ++w) top = fmaxf(top, tops[w]);
+  return lift<T>(top);
+}
+
+// Four numbers, times `by`, to `at`, and what that leaves of them to `at + more`
+template <int PARTS, typename T> __device__ __forceinline__ void put_parts(T* at, int more, float by, const float (&x)[4]) {
+  float lifted[4], rest[4];
+#pragma unroll
+  for (int b = 0; b < 4; ++b) lifted[b] = x[b] * by, rest[b] = lifted[b] - widen(narrow<T>(lifted[b]));
+  put4<4>(at, 0, lifted);
+  if constexpr (PARTS == 2) put4<4>(at + more, 0, rest);
+}
+template <int PARTS, typename T> __device__ __forceinline__ float whole(const T* at, int more) {
+  return PARTS == 2 ? widen(at[0]) + widen(at[more]) : widen(at[0]);
+}
+
+// φ of four numbers of row i from c on; x stays as it is, zeros, in a row that is not real
+template <int W, int FEATURE, typename T> __device__ __forceinline__ void four(const T* rows, int i, int c, bool real, float (&x)[4]) {
+  if (!real) return;
+  get4<W>(rows + (long long)i * W, c, x);
+#pragma unroll
+  for (int b = 0; b < 4; ++b) x[b] = c + b < W ? phi<FEATURE>(x[b]) : 0.f;
+}
+
+// c_i φ(q_i), with c_i = 1 / (den_i + ε) if SCALED, else 1
+template <int W, int FEATURE, bool SCALED, typename T>
+__device__ __forceinline__ void scaled(const T* rows, const float* inv, int i, int c, bool real, float (&x)[4]) {
+  four<W, FEATURE>(rows, i, c, real, x);
+  if (SCALED && real)
+#pragma unroll
+    for (int b = 0; b < 4; ++b) x[b] *= inv[i];
+}
+
+// A chunk on its way to shared memory: a thread has four numbers of row r from c on in x[0], and so on; row(r, c, x) reads four
+template <int W, class Row> __device__ __forceinline__ void fetch(float (&x)[QUADS<W>][4], Row row) {
+  constexpr int WIDE = up(W, 16) / 4;
+#pragma unroll
+  for (int n = 0; n < QUADS<W>; ++n) {
+    const int at = threadIdx.x + n * THREADS;
+#pragma unroll
+    for (int b = 0; b < 4; ++b) x[n][b] = 0;
+    if (at < CHUNK * WIDE) row(at / WIDE, at % WIDE * 4, x[n]);
+  }
+}
+template <int W, int PARTS, typename T> __device__ __forceinline__ void put_chunk(T* tile, float by, const float (&x)[QUADS<W>][4]) {
+  constexpr int WIDE = up(W, 16) / 4;
+#pragma unroll
+  for (int n = 0; n < QUADS<W>; ++n) {
+    const int at = threadIdx.x + n * THREADS;
+    if (at < CHUNK * WIDE) put_parts<PARTS>(tile + at / WIDE * ROW<W> + at % WIDE * 4, CHUNK * ROW<W>, by, x[n]);
+  }
+}
+
+// --- tiles ------------------------------------------------------------------------------------------------------------------------------
 
 // Which lane holds which number of a Tile is not specified. Through `stage`, a warp's own, lane l gets rows a and a + 8 of four columns from
 // c on, in the order in which no bank is passed twice.
@@ -88,51 +163,85 @@ __device__ __forceinline__ void give(float* stage, Tile& tile, const float (&x)[
   __syncwarp();
 }
 
-// S += Yᵀ Z over ROWS positions. S has DT × MT tiles; a warp has every eighth, and where MT divides 8 all of the same columns.
-template <int ROWS, int DT, int MT, int LDY, int LDZ, typename T, int EACH>
-__device__ __forceinline__ void add_outer_tiles(const T* Y, const T* Z, Tile (&S)[EACH]) {
-  const int warp = threadIdx.x / 32;
-#pragma unroll 1
-  for (int j = 0; j < ROWS; j += 16) {
-    RowsTurned<T> y;
-    Columns<T> z;
+// sum += A B, the small products first; the second part of A and of B lies `more_a` and `more_b` behind the first
+template <class A, class B, int PARTS_A, int PARTS_B, typename T>
+__device__ __forceinline__ void add_product(Tile& sum, const T* a, int lda, int more_a, const T* b, int ldb, int more_b) {
+  A x;
+  B y;
+  wmma::load_matrix_sync(y, b, ldb);
+  if constexpr (PARTS_A == 2) {
+    wmma::load_matrix_sync(x, a + more_a, lda);
+    wmma::mma_sync(sum, x, y, sum);
+  }
+  wmma::load_matrix_sync(x, a, lda);
+  if constexpr (PARTS_B == 2) {
+    B rest;
+    wmma::load_matrix_sync(rest, b + more_b, ldb);
+    wmma::mma_sync(sum, x, rest, sum);
+  }
+  wmma::mma_sync(sum, x, y, sum);
+}
+
+// S += by · Yᵀ Z over a chunk. S has WT × VT tiles; a warp has every eighth.
+template <int WT, int VT, int LDY, int LDZ, int PY, int PZ, typename T, int EACH>
+__device__ __forceinline__ void add_outer_tiles(const T* Y, const T* Z, Tile (&S)[EACH], float by) {
 #pragma unroll
-    for (int n = 0; n < EACH; ++n) {
-      const int t = warp + n * WARPS;
-      if (t >= DT * MT) continue;
-      wmma::load_matrix_sync(y, Y + j * LDY + t / MT * 16, LDY);
-      if (n == 0 || WARPS % MT) wmma::load_matrix_sync(z, Z + j * LDZ + t % MT * 16, LDZ);
-      wmma::mma_sync(S[n], y, z, S[n]);
-    }
+  for (int n = 0; n < EACH; ++n) {
+    const int nth = threadIdx.x / 32 + n * WARPS;
+    if (nth >= WT * VT) continue;
+    Tile sum;
+    wmma::fill_fragment(sum, 0.f);
+#pragma unroll 1
+    for (int j = 0; j < CHUNK; j += 16)
+      add_product<RowsTurned<T>, Columns<T>, PY, PZ>(sum, Y + j * LDY + nth / VT * 16, LDY, CHUNK * LDY, Z + j * LDZ + nth % VT * 16, LDZ,
+                                                     CHUNK * LDZ);
+#pragma unroll
+    for (int e = 0; e < sum.num_elements; ++e) S[n].x[e] += by * sum.x[e];
   }
 }
 
 // --- (a) the groups' own states ------------------------------------------------------------------------------------------------------
 
-template <typename T, int D, int M, int FEATURE, bool NORM>
-__global__ void __launch_bounds__(THREADS, 2) group_states_tc(const T* __restrict__ k, const T* __restrict__ v, float* __restrict__ states,
-                                                              const int* __restrict__ lengths, int N, int groups, int rows) {
-  extern __shared__ __align__(32) unsigned char tiles[];
-  constexpr int DT = up(D, 16) / 16, MT = up(M, 16) / 16, EACH = (DT * MT + WARPS - 1) / WARPS;
-  T *ks = reinterpret_cast<T*>(tiles), *vs = ks + STATE_CHUNK * ROW<D>;
+// As group_states of linear.cu: of φ(k_j) [v_j | 1]ᵀ, or, if TRANSPOSE, of scale·φ(q_j) G_jᵀ as scale·(c_j φ(q_j)) [do_j | δ_j]ᵀ; `delta` holds δ
+template <typename T, int D, int M, int FEATURE, bool NORM, bool TRANSPOSE>
+__global__ void __launch_bounds__(THREADS, RESIDENT<D, M>)
+group_states_tc(const T* __restrict__ y, const T* __restrict__ z, const float* __restrict__ inv, const float* __restrict__ delta,
+                float* __restrict__ states, const int* __restrict__ lengths, int N, int groups, int rows, float scale) {
+  extern __shared__ __align__(32) unsigned char bytes[];
+  constexpr bool SCALED = NORM && TRANSPOSE;
+  constexpr int C = CHUNK, LD = ROW<D>, DT = up(D, 16) / 16, MT = up(M, 16) / 16, EACH = (DT * MT + WARPS - 1) / WARPS;
+  constexpr int PY = FEATURE || SCALED ? 2 : 1;
+  T *ys = reinterpret_cast<T*>(bytes), *zs = ys + PY * C * LD;
+  float *e = reinterpret_cast<float*>(zs + C * ROW<M>), *tops = e + C;
   const int t = threadIdx.x, warp = t / 32;
-  float* stage = reinterpret_cast<float*>(tiles) + warp * STAGE;                  // over ks and vs, when these are done with
+  float* stage = reinterpret_cast<float*>(bytes) + warp * STAGE;                  // over all of these, when they are done with
   const Group g(groups, rows, N);
   const int last = min(g.last, real_rows(lengths, g.head, N));
+  const T *yh = y + g.head * N * D, *zh = z + g.head * N * M;
+  const float *inv_h = inv + g.head * N, *delta_h = delta + g.head * N;
   float* state = states + (g.head * groups + g.nth) * STATE_SIZE<D, M>;
   Tile S[EACH];
 #pragma unroll
   for (int n = 0; n < EACH; ++n) wmma::fill_fragment(S[n], 0.f);
   float sum = 0;
-  for (int start = g.first; start < last; start += STATE_CHUNK) {
-    load_rows<STATE_CHUNK, D, D>(ks, k + g.head * N * D, start, last, 0, [](float x) { return phi<FEATURE>(x); });
-    load_rows<STATE_CHUNK, M, M>(vs, v + g.head * N * M, start, last, 0, [](float x) { return x; });
+  for (int start = g.first; start < last; start += C) {
+    float from_y[QUADS<D>][4], from_z[QUADS<M>][4];
+    fetch<D>(from_y, [&](int r, int c, float (&x)[4]) { scaled<D, FEATURE, SCALED>(yh, inv_h, start + r, c, start + r < last, x); });
+    fetch<M>(from_z, [&](int r, int c, float (&x)[4]) { four<M, 0>(zh, start + r, c, start + r < last, x); });
+    if constexpr (SCALED) leave_top<T>(tops, from_y);
     __syncthreads();
-    add_outer_tiles<STATE_CHUNK, DT, MT, ROW<D>, ROW<M>>(ks, vs, S);
-    if (NORM && t < D)
-      for (int j = 0; j < STATE_CHUNK; ++j) sum += widen(ks[j * ROW<D> + t]);
+    const float by = SCALED ? lift<T>(tops) : 1.f, back = (TRANSPOSE ? scale : 1.f) / by;
+    put_chunk<D, PY>(ys, by, from_y), put_chunk<M, 1>(zs, 1.f, from_z);
+    if (SCALED && t < C) e[t] = start + t < last ? delta_h[start + t] : 0.f;
     __syncthreads();
+    add_outer_tiles<DT, MT, LD, ROW<M>, PY, 1>(ys, zs, S, back);
+    if (NORM && t < D) {
+      float more = 0;
+      for (int j = 0; j < C; ++j) more += whole<PY>(ys + j * LD + t, C * LD) * (SCALED ? e[j] : 1.f);
+      sum += back * more;
+    }
   }
+  __syncthreads();
 #pragma unroll
   for (int n = 0; n < EACH; ++n) {
     const int nth = warp + n * WARPS;
@@ -148,163 +257,311 @@ __global__ void __launch_bounds__(THREADS, 2) group_states_tc(const T* __restric
   if (t < D) state[(long long)D * M + t] = sum;
 }
 
+// Row a of Sᵀ from c on; S has D rows of M numbers
+template <int D, int M> __device__ __forceinline__ void four_turned(const float* S, int a, int c, float (&x)[4]) {
+#pragma unroll
+  for (int b = 0; b < 4; ++b) x[b] = a < M && c + b < D ? S[(c + b) * M + a] : 0.f;
+}
+
 // --- (c) outputs ----------------------------------------------------------------------------------------------------------------------
 
+// `walk` of linear.cu with all products on tensor cores; x, y and z take PX, PY, PZ parts. The functions:
+// x(i, c, four), y(g, j, c, four), z(g, j, c, four) read four numbers of a row; e(start, xs, es), which fills es from the tile xs of x; f(g, j);
+// S(a, c, four), s(c) and n(a) read the state before the group; store(i, c, o, den) takes four columns.
+//
 // S stays in the warps' Tiles; its parts lie in shared memory. Between barriers, for each chunk:
 //
-//     q, k, v  |  scores = Q Kᵀ;  S += Kᵀ V  |  weights, den  |  near = weights V;  past = Q S_before;  z += Σ_j k_j  |  out;  parts of S
-template <typename T, int D, int M, int FEATURE, bool NORM>
-__global__ void __launch_bounds__(THREADS, 2) group_outputs_tc(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v,
-                                                               const float* __restrict__ states, T* __restrict__ out,
-                                                               float* __restrict__ inv, const int* __restrict__ query_lengths,
-                                                               const int* __restrict__ key_lengths, int N, int groups, int rows, int shared,
-                                                               float scale, float eps) {
-  extern __shared__ __align__(32) unsigned char tiles[];
-  constexpr int C = CHUNK, DP = up(D, 16), VT = COLUMNS<M>, DT = DP / 16, MT = VT / 16, EACH = (DT * MT + WARPS - 1) / WARPS;
-  constexpr int LD = ROW<D>, LDV = ROW<VT>, LDW = ROW<C>;
-  static_assert(C == 32 && C / 16 * MT <= WARPS, "a lane has one score of a row, a warp one tile of out");
-  float *stages = reinterpret_cast<float*>(tiles), *scores = stages;
-  T *qs = reinterpret_cast<T*>(stages + WARPS * STAGE), *ks = qs + C * LD, *vs = ks + C * LD;
-  T *w_hi = vs + C * LDV, *w_lo = w_hi + C * LDW, *s_hi = w_lo + C * LDW, *s_lo = s_hi + DP * LDV;
-  float *z = reinterpret_cast<float*>(s_lo + DP * LDV), *den = z + DP, *lowered = den + C, *tops = lowered + C;
-  const int t = threadIdx.x, warp = t / 32, lane = t % 32, row = lane_row(), quad = lane_column();
-  float* stage = stages + warp * STAGE;
-  const Group g(groups, rows, N);
-  const long long head = g.head, kv = head / shared;
-  const int column = blockIdx.y * VT, real_q = real_rows(query_lengths, head, N), real_k = real_rows(key_lengths, kv, N);
-  const float* state = states + (kv * groups + g.nth) * STATE_SIZE<D, M>;
-  Tile S[EACH];
-  float raised, sunk;                                                   // the power of two in s_hi and s_lo, and its inverse
+//     x  |  y, z  |  scores = X Yᵀ;  past = X S;  S += Yᵀ Z;  sums  |  weights, den  |  near = weights Z;  s, n  |  o;  parts of S
+template <typename T, int W, int V, int PX, int PY, int PZ, bool LIFT, bool EXTRA, bool NORM, bool REVERSE, class X, class E, class Y, class Z,
+          class F, class S, class SE, class SN, class Store>
+__device__ __forceinline__ void walk_tiles(unsigned char* bytes, int first, int last, int shared, float weight, X x, E e, Y y, Z z, F f, S S0,
+                                           SE s0, SN n0, Store store) {
+  constexpr int C = CHUNK, WP = up(W, 16), WT = WP / 16, VT = V / 16, EACH = (WT * VT + WARPS - 1) / WARPS, LD = ROW<W>, LDZ = ROW<V>, LDP = ROW<C>;
+  constexpr int Y_SIZE = larger(PY * C * LD, 2 * C * LDP), YZ_SIZE = larger(Y_SIZE + PZ * C * LDZ, 2 * WARPS * STAGE);
+  static_assert(C == 32 && C / 16 * VT <= WARPS && V == VT * 16, "a lane has one score of a row, a warp one tile of o");
+  T *xs = reinterpret_cast<T*>(bytes), *ys = xs + PX * C * LD, *zs = ys + Y_SIZE, *parts = ys + YZ_SIZE;
+  T* weights = ys;                                                      // over y, when the scores are there
+  float* scores = reinterpret_cast<float*>(parts + 2 * WP * LDZ);
+  float *s = scores + C * SCORE_ROW, *n = s + V, *es = n + WP, *fs = es + C, *den = fs + C, *lowered = den + C, *tops = lowered + C;
+  float* tops_yz = tops + WARPS;
+  const int t = threadIdx.x, warp = t / 32, lane = t % 32, row = lane_row(), quad = lane_column(), r = warp / VT * 16, c = warp % VT * 16;
+  float* stage = reinterpret_cast<float*>(ys) + warp * STAGE;           // over y, z and weights, between near and the next y
+  Tile state[EACH];
+  float raised, sunk;                                                   // the power of two in the state's parts, and its inverse
 
-  const auto leave_top = [&]() {                                        // of |S| in this warp's tiles
-    if constexpr (SMALL_RANGE<T>) {
-      float top = 0;
+  const auto leave_state_top = [&]() {
+    float top[EACH][8];
 #pragma unroll
-      for (int n = 0; n < EACH; ++n)
+    for (int m = 0; m < EACH; ++m)
 #pragma unroll
-        for (int e = 0; e < S[n].num_elements; ++e) top = fmaxf(top, fabsf(S[n].x[e]));
-      top = warp_max(top);
-      if (lane == 0) tops[warp] = top;
-    }
+      for (int b = 0; b < 8; ++b) top[m][b] = state[m].x[b];
+    leave_top<T>(tops, top);
   };
   const auto split_state = [&]() {
-    float top = 0;
-    if constexpr (SMALL_RANGE<T>)
-      for (int w = 0; w < WARPS; ++w) top = fmaxf(top, tops[w]);
-    raised = lift<T>(top), sunk = 1 / raised;
+    raised = lift<T>(tops), sunk = 1 / raised;
 #pragma unroll
-    for (int n = 0; n < EACH; ++n) {
-      const int nth = warp + n * WARPS;
-      if (nth >= DT * MT) continue;
-      float x[2][4];
-      take(stage, S[n], x);
+    for (int m = 0; m < EACH; ++m) {
+      const int nth = warp + m * WARPS;
+      if (nth >= WT * VT) continue;
+      float part[2][4];
+      take(stage, state[m], part);
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        const int at = (nth / MT * 16 + row + 8 * u) * LDV + nth % MT * 16 + quad;
-        float rest[4];
-#pragma unroll
-        for (int b = 0; b < 4; ++b) x[u][b] *= raised, rest[b] = x[u][b] - widen(narrow<T>(x[u][b]));
-        put4<LDV>(s_hi + at, 0, x[u]), put4<LDV>(s_lo + at, 0, rest);
-      }
+      for (int u = 0; u < 2; ++u) put_parts<2>(parts + (nth / VT * 16 + row + 8 * u) * LDZ + nth % VT * 16 + quad, WP * LDZ, raised, part[u]);
     }
   };
 
 #pragma unroll
-  for (int n = 0; n < EACH; ++n) {
-    wmma::fill_fragment(S[n], 0.f);
-    const int nth = warp + n * WARPS;
-    if (nth >= DT * MT) continue;
-    float x[2][4] = {};
+  for (int m = 0; m < EACH; ++m) {
+    wmma::fill_fragment(state[m], 0.f);
+    const int nth = warp + m * WARPS;
+    if (nth >= WT * VT) continue;
+    float part[2][4] = {};
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      const int d = nth / MT * 16 + row + 8 * u;
-      if (d < D) get4<M>(state + d * M, column + nth % MT * 16 + quad, x[u]);
-    }
-    give(stage, S[n], x);
+    for (int u = 0; u < 2; ++u) S0(nth / VT * 16 + row + 8 * u, nth % VT * 16 + quad, part[u]);
+    give(stage, state[m], part);
   }
-  if (NORM && t < D) z[t] = state[D * M + t];
-  leave_top();
+  if (EXTRA && t < V) s[t] = s0(t);
+  if (NORM && t < W) n[t] = n0(t);
+  leave_state_top();
   __syncthreads();
   split_state();
 
-  for (int start = g.first; start < g.last; start += C) {
-    load_rows<C, D, D>(qs, q + head * N * D, start, real_q, 0, [](float x) { return phi<FEATURE>(x); });
-    load_rows<C, D, D>(ks, k + kv * N * D, start, real_k, 0, [](float x) { return phi<FEATURE>(x); });
-    load_rows<C, M, VT>(vs, v + kv * N * M, start, real_k, column, [](float x) { return x; });
-    __syncthreads();
-    if (warp < 3) {                                                     // tiles (0, 0), (1, 0), (1, 1): the fourth is hidden
-      const int r = (warp + 1) / 2 * 16, c = warp / 2 * 16;
-      Tile tile;
-      wmma::fill_fragment(tile, 0.f);
-#pragma unroll 2
-      for (int d = 0; d < DP; d += 16) {
-        Rows<T> x;
-        ColumnsTurned<T> y;
-        wmma::load_matrix_sync(x, qs + r * LD + d, LD);
-        wmma::load_matrix_sync(y, ks + c * LD + d, LD);
-        wmma::mma_sync(tile, x, y, tile);
+  const int chunks = (last - first + C - 1) / C;
+  for (int step = 0; step < chunks; ++step) {
+    const int start = first + (REVERSE ? chunks - 1 - step : step) * C;
+    float o[2][4] = {}, quads[QUADS<W>][4];
+    fetch<W>(quads, [&](int a, int b, float (&to)[4]) { x(start + a, b, to); });
+    put_chunk<W, PX>(xs, 1.f, quads);
+    for (int g = 0; g < shared; ++g) {
+      float from_y[QUADS<W>][4], from_z[QUADS<V>][4];
+      if (EXTRA && t < C) fs[t] = f(g, start + t);
+      fetch<W>(from_y, [&](int a, int b, float (&to)[4]) { y(g, start + a, b, to); });
+      fetch<V>(from_z, [&](int a, int b, float (&to)[4]) { z(g, start + a, b, to); });
+      if constexpr (LIFT && PY == 2) leave_top<T>(tops_yz, from_y);
+      if constexpr (LIFT && PZ == 2) leave_top<T>(tops_yz, from_z);
+      __syncthreads();
+      const float by = LIFT ? lift<T>(tops_yz) : 1.f, back = weight / by;
+      put_chunk<W, PY>(ys, PY == 2 ? by : 1.f, from_y), put_chunk<V, PZ>(zs, PZ == 2 ? by : 1.f, from_z);
+      __syncthreads();
+      if (EXTRA && g == 0) e(start, xs, es);
+      if (warp < 3) {                                                   // tiles (0, 0), (1, 0) or (0, 1), (1, 1): the fourth is hidden
+        const int one = (warp + 1) / 2 * 16, other = warp / 2 * 16, a = REVERSE ? other : one, b = REVERSE ? one : other;
+        Tile tile;
+        wmma::fill_fragment(tile, 0.f);
+#pragma unroll 1
+        for (int w = 0; w < WP; w += 16)
+          add_product<Rows<T>, ColumnsTurned<T>, PX, PY>(tile, xs + a * LD + w, LD, C * LD, ys + b * LD + w, LD, C * LD);
+        wmma::store_matrix_sync(scores + a * SCORE_ROW + b, tile, SCORE_ROW, wmma::mem_row_major);
       }
-      wmma::store_matrix_sync(scores + r * SCORE_ROW + c, tile, SCORE_ROW, wmma::mem_row_major);
-    }
-    add_outer_tiles<C, DT, MT, LD, LDV>(ks, vs, S);
-    leave_top();
-    __syncthreads();
-    for (int i = warp; i < C; i += WARPS) {
-      const float score = lane <= i ? scores[i * SCORE_ROW + lane] : 0.f;          // not times 0: a hidden score may be infinite
-      const float by = lift<T>(SMALL_RANGE<T> ? warp_max(fabsf(score)) : 0.f), x = score * by;
-      const T hi = narrow<T>(x), lo = narrow<T>(x - widen(hi));
-      w_hi[i * LDW + lane] = hi, w_lo[i * LDW + lane] = lo;
-      if constexpr (NORM) {
-        float sum = (widen(hi) + widen(lo)) / by;
-        for (int a = lane; a < D; a += 32) sum += widen(qs[i * LD + a]) * z[a];
-        sum = warp_sum(sum);
-        if (lane == 0) den[i] = sum;
+      Tile near, past;
+      wmma::fill_fragment(past, 0.f);
+      if (g == 0 && r < C) {
+#pragma unroll 1
+        for (int w = 0; w < WP; w += 16)
+          add_product<Rows<T>, Columns<T>, PX, 2>(past, xs + r * LD + w, LD, C * LD, parts + w * LDZ + c, LDZ, WP * LDZ);
       }
-      if (lane == 0) lowered[i] = 1 / by;
-    }
-    __syncthreads();
-    const int r = warp / MT * 16, c = warp % MT * 16;
-    Tile near, past;
-    if (r < C) {
-      Rows<T> x;
-      Columns<T> y;
-      wmma::fill_fragment(near, 0.f), wmma::fill_fragment(past, 0.f);
-      for (int j = 0; j <= r; j += 16) {
-        wmma::load_matrix_sync(y, vs + j * LDV + c, LDV);
-        wmma::load_matrix_sync(x, w_lo + r * LDW + j, LDW);
-        wmma::mma_sync(near, x, y, near);
-        wmma::load_matrix_sync(x, w_hi + r * LDW + j, LDW);
-        wmma::mma_sync(near, x, y, near);
-      }
-#pragma unroll 2
-      for (int d = 0; d < DP; d += 16) {
-        wmma::load_matrix_sync(x, qs + r * LD + d, LD);
-        wmma::load_matrix_sync(y, s_lo + d * LDV + c, LDV);
-        wmma::mma_sync(past, x, y, past);
-        wmma::load_matrix_sync(y, s_hi + d * LDV + c, LDV);
-        wmma::mma_sync(past, x, y, past);
-      }
-    }
-    if (NORM && t < D) {
-      float more = z[t];
-      for (int j = 0; j < C; ++j) more += widen(ks[j * LD + t]);
-      z[t] = more;
-    }
-    __syncthreads();
-    if (r < C) {
-      float x[2][4], y[2][4];
-      take(stage, near, x), take(stage, past, y);
+      add_outer_tiles<WT, VT, LD, LDZ, PY, PZ>(ys, zs, state, back);
+      leave_state_top();
+      float more_s = 0, more_n = 0;
+      if (EXTRA && t < V)
+        for (int j = 0; j < C; ++j) more_s += fs[j] * whole<PZ>(zs + j * LDZ + t, C * LDZ);
+      if (NORM && t < W)
+        for (int j = 0; j < C; ++j) more_n += whole<PY>(ys + j * LD + t, C * LD);
+      __syncthreads();
+      if (EXTRA && g == 0 && r < C)
 #pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        const int i = r + row + 8 * u, at = start + i;
-        if (at >= g.last) continue;
-        const float by = at >= real_q ? 0.f : NORM ? inverse(scale * den[i] + eps) : 1.f;
+        for (int u = 0; u < 2; ++u)
 #pragma unroll
-        for (int b = 0; b < 4; ++b) x[u][b] = at < real_q ? scale * (x[u][b] * lowered[i] + y[u][b] * sunk) * by : 0.f;
-        if (NORM && column + c + quad == 0) inv[head * N + at] = by;
-        put4<M>(out + (head * N + at) * M, column + c + quad, x[u]);
+          for (int b = 0; b < 4; ++b) o[u][b] = es[r + row + 8 * u] * s[c + quad + b];
+      for (int i = warp; i < C; i += WARPS) {
+        float score = 0;                                                // not times 0: a hidden score may be infinite
+        if (REVERSE ? lane >= i : lane <= i) score = EXTRA ? scores[i * SCORE_ROW + lane] + es[i] * fs[lane] : scores[i * SCORE_ROW + lane];
+        const float up = lift<T>(SMALL_RANGE<T> ? warp_max(fabsf(score)) : 0.f), lifted = score * up;
+        const T hi = narrow<T>(lifted), lo = narrow<T>(lifted - widen(hi));
+        weights[i * LDP + lane] = hi, weights[(C + i) * LDP + lane] = lo;
+        if constexpr (NORM) {
+          float sum = (widen(hi) + widen(lo)) / up;
+          for (int a = lane; a < W; a += 32) sum += whole<PX>(xs + i * LD + a, C * LD) * n[a];
+          sum = warp_sum(sum);
+          if (lane == 0) den[i] = sum;
+        }
+        if (lane == 0) lowered[i] = back / up;
       }
+      __syncthreads();
+      wmma::fill_fragment(near, 0.f);
+      if (r < C) {
+#pragma unroll 1
+        for (int j = REVERSE ? r : 0; j <= (REVERSE ? C - 16 : r); j += 16)
+          add_product<Rows<T>, Columns<T>, 2, PZ>(near, weights + r * LDP + j, LDP, C * LDP, zs + j * LDZ + c, LDZ, C * LDZ);
+      }
+      if (EXTRA && t < V) s[t] += back * more_s;
+      if (NORM && t < W) n[t] += more_n;
+      __syncthreads();
+      if (r < C) {
+        float part[2][4];
+        take(stage, near, part);
+#pragma unroll
+        for (int u = 0; u < 2; ++u)
+#pragma unroll
+          for (int b = 0; b < 4; ++b) o[u][b] += part[u][b] * lowered[r + row + 8 * u];
+        if (g == 0) {
+          take(stage, past, part);
+#pragma unroll
+          for (int u = 0; u < 2; ++u)
+#pragma unroll
+            for (int b = 0; b < 4; ++b) o[u][b] += part[u][b] * sunk;
+        }
+      }
+    }
+    if (r < C) {
+      store(start + r + row, c + quad, o[0], NORM ? den[r + row] : 0.f);
+      store(start + r + row + 8, c + quad, o[1], NORM ? den[r + row + 8] : 0.f);
     }
     split_state();
   }
+}
+
+// out = Sᵀφ(q) / (zᵀφ(q) + ε). `inv` takes 1 / (den + ε) of each row, which the backward needs.
+template <typename T, int D, int M, int FEATURE, bool NORM>
+__global__ void __launch_bounds__(THREADS, RESIDENT<D, M>)
+group_outputs_tc(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, const float* __restrict__ states,
+                 T* __restrict__ out, float* __restrict__ inv, const int* __restrict__ query_lengths, const int* __restrict__ key_lengths, int N,
+                 int groups, int rows, int shared, float scale, float eps) {
+  extern __shared__ __align__(32) unsigned char bytes[];
+  constexpr int V = COLUMNS<M>, PARTS = FEATURE ? 2 : 1;
+  const Group g(groups, rows, N);
+  const long long kv = g.head / shared;
+  const int column = blockIdx.y * V, real_q = real_rows(query_lengths, g.head, N), real_k = real_rows(key_lengths, kv, N);
+  const float* state = states + (kv * groups + g.nth) * STATE_SIZE<D, M>;
+  const T *qh = q + g.head * N * D, *kh = k + kv * N * D, *vh = v + kv * N * M;
+  walk_tiles<T, D, V, PARTS, PARTS, 1, false, false, NORM, false>(
+      bytes, g.first, g.last, 1, 1.f,
+      [&](int i, int c, float (&x)[4]) { four<D, FEATURE>(qh, i, c, i < real_q, x); },
+      [](int, const T*, float*) {},
+      [&](int, int j, int c, float (&x)[4]) { four<D, FEATURE>(kh, j, c, j < real_k, x); },
+      [&](int, int j, int c, float (&x)[4]) { four<M, 0>(vh, j, column + c, j < real_k, x); },
+      [](int, int) { return 0.f; },
+      [&](int a, int c, float (&x)[4]) {
+        if (a < D) get4<M>(state + a * M, column + c, x);
+      },
+      [](int) { return 0.f; },
+      [&](int a) { return state[D * M + a]; },
+      [&](int i, int c, float (&o)[4], float den) {
+        if (i >= g.last) return;
+        const float by = i >= real_q ? 0.f : NORM ? inverse(scale * den + eps) : 1.f;
+#pragma unroll
+        for (int b = 0; b < 4; ++b) o[b] = i < real_q ? scale * o[b] * by : 0.f;
+        if (NORM && column + c == 0) inv[g.head * N + i] = by;
+        put4<M>(out + (g.head * N + i) * M, column + c, o);
+      });
+}
+
+// dq_i = φ'(q_i) ⊙ scale·c_i (S do_i + δ_i z + Σ_{j≤i} (do_i·v_j + δ_i) φ(k_j)), and δ, which the other two need
+template <typename T, int D, int M, int FEATURE, bool NORM>
+__global__ void __launch_bounds__(THREADS, RESIDENT<D, M>)
+group_dq_tc(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, const T* __restrict__ dout, const T* __restrict__ out,
+            const float* __restrict__ states, const float* __restrict__ inv, float* __restrict__ delta, T* __restrict__ dq,
+            const int* __restrict__ query_lengths, const int* __restrict__ key_lengths, int N, int groups, int rows, int shared, float scale) {
+  extern __shared__ __align__(32) unsigned char bytes[];
+  constexpr int V = COLUMNS<D>;
+  const Group g(groups, rows, N);
+  const long long kv = g.head / shared;
+  const int column = blockIdx.y * V, real_q = real_rows(query_lengths, g.head, N), real_k = real_rows(key_lengths, kv, N);
+  const float *state = states + (kv * groups + g.nth) * STATE_SIZE<D, M>, *inv_h = inv + g.head * N;
+  const T *qh = q + g.head * N * D, *kh = k + kv * N * D, *vh = v + kv * N * M, *doh = dout + g.head * N * M, *outh = out + g.head * N * M;
+  walk_tiles<T, M, V, 1, 1, FEATURE ? 2 : 1, false, NORM, false, false>(
+      bytes, g.first, g.last, 1, 1.f,
+      [&](int i, int c, float (&x)[4]) { four<M, 0>(doh, i, c, i < real_q, x); },
+      [&](int start, const T* xs, float* es) {                          // δ of each row, by a warp: x holds do
+        for (int r = threadIdx.x / 32; r < CHUNK; r += WARPS) {
+          float sum = 0;
+          if (start + r < real_q)
+            for (int a = threadIdx.x % 32; a < M; a += 32) sum -= widen(xs[r * ROW<M> + a]) * widen(outh[(long long)(start + r) * M + a]);
+          sum = warp_sum(sum);
+          if (threadIdx.x % 32 == 0) {
+            es[r] = sum;
+            if (column == 0 && start + r < g.last) delta[g.head * N + start + r] = sum;
+          }
+        }
+      },
+      [&](int, int j, int c, float (&x)[4]) { four<M, 0>(vh, j, c, j < real_k, x); },
+      [&](int, int j, int c, float (&x)[4]) { four<D, FEATURE>(kh, j, column + c, j < real_k, x); },
+      [&](int, int j) { return j < real_k ? 1.f : 0.f; },
+      [&](int a, int c, float (&x)[4]) { four_turned<D, M>(state, a, column + c, x); },
+      [&](int c) { return column + c < D ? state[D * M + column + c] : 0.f; },
+      [](int) { return 0.f; },
+      [&](int i, int c, float (&o)[4], float) {
+        if (i >= g.last) return;
+        const float by = NORM && i < real_q ? scale * inv_h[i] : scale;
+        put_slope<D, FEATURE>(dq + (g.head * N + i) * D, qh + (long long)i * D, column + c, i < real_q, by, o);
+      });
+}
+
+// dk_i = φ'(k_i) ⊙ (R v_i + r + scale·Σ_{j≥i} (v_i·do_j + δ_j) c_j φ(q_j)), over the query heads that share the key
+template <typename T, int D, int M, int FEATURE, bool NORM>
+__global__ void __launch_bounds__(THREADS, RESIDENT<D, M>)
+group_dk_tc(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ v, const T* __restrict__ dout,
+            const float* __restrict__ states, const float* __restrict__ inv, const float* __restrict__ delta, T* __restrict__ dk,
+            const int* __restrict__ query_lengths, const int* __restrict__ key_lengths, int N, int groups, int rows, int shared, float scale) {
+  extern __shared__ __align__(32) unsigned char bytes[];
+  constexpr int V = COLUMNS<D>;
+  const Group g(groups, rows, N);
+  const long long head = g.head * shared;
+  const int column = blockIdx.y * V, real_k = real_rows(key_lengths, g.head, N);
+  const float* state = states + (head * groups + g.nth) * STATE_SIZE<D, M>;
+  const T *kh = k + g.head * N * D, *vh = v + g.head * N * M;
+  walk_tiles<T, M, V, 1, 1, FEATURE || NORM ? 2 : 1, NORM, NORM, false, true>(
+      bytes, g.first, g.last, shared, scale,
+      [&](int i, int c, float (&x)[4]) { four<M, 0>(vh, i, c, i < real_k, x); },
+      [&](int start, const T*, float* es) {
+        if (threadIdx.x < CHUNK) es[threadIdx.x] = start + (int)threadIdx.x < real_k ? 1.f : 0.f;
+      },
+      [&](int h, int j, int c, float (&x)[4]) { four<M, 0>(dout + (head + h) * N * M, j, c, j < real_rows(query_lengths, head + h, N), x); },
+      [&](int h, int j, int c, float (&x)[4]) {
+        scaled<D, FEATURE, NORM>(q + (head + h) * N * D, inv + (head + h) * N, j, column + c, j < real_rows(query_lengths, head + h, N), x);
+      },
+      [&](int h, int j) { return j < real_rows(query_lengths, head + h, N) ? delta[(head + h) * N + j] : 0.f; },
+      [&](int a, int c, float (&x)[4]) { four_turned<D, M>(state, a, column + c, x); },
+      [&](int c) { return column + c < D ? state[D * M + column + c] : 0.f; },
+      [](int) { return 0.f; },
+      [&](int i, int c, float (&o)[4], float) {
+        if (i < g.last) put_slope<D, FEATURE>(dk + (g.head * N + i) * D, kh + (long long)i * D, column + c, i < real_k, 1.f, o);
+      });
+}
+
+// dv_i = Rᵀ φ(k_i) + scale·Σ_{j≥i} (φ(k_i)·c_j φ(q_j)) do_j, over the query heads that share the value
+template <typename T, int D, int M, int FEATURE, bool NORM>
+__global__ void __launch_bounds__(THREADS, RESIDENT<D, M>)
+group_dv_tc(const T* __restrict__ q, const T* __restrict__ k, const T* __restrict__ dout, const float* __restrict__ states,
+            const float* __restrict__ inv, T* __restrict__ dv, const int* __restrict__ query_lengths, const int* __restrict__ key_lengths, int N,
+            int groups, int rows, int shared, float scale) {
+  extern __shared__ __align__(32) unsigned char bytes[];
+  constexpr int V = COLUMNS<M>;
+  const Group g(groups, rows, N);
+  const long long head = g.head * shared;
+  const int column = blockIdx.y * V, real_k = real_rows(key_lengths, g.head, N);
+  const float* state = states + (head * groups + g.nth) * STATE_SIZE<D, M>;
+  const T* kh = k + g.head * N * D;
+  walk_tiles<T, D, V, FEATURE ? 2 : 1, FEATURE || NORM ? 2 : 1, 1, NORM, false, false, true>(
+      bytes, g.first, g.last, shared, scale,
+      [&](int i, int c, float (&x)[4]) { four<D, FEATURE>(kh, i, c, i < real_k, x); },
+      [](int, const T*, float*) {},
+      [&](int h, int j, int c, float (&x)[4]) {
+        scaled<D, FEATURE, NORM>(q + (head + h) * N * D, inv + (head + h) * N, j, c, j < real_rows(query_lengths, head + h, N), x);
+      },
+      [&](int h, int j, int c, float (&x)[4]) {
+        four<M, 0>(dout + (head + h) * N * M, j, column + c, j < real_rows(query_lengths, head + h, N), x);
+      },
+      [](int, int) { return 0.f; },
+      [&](int a, int c, float (&x)[4]) {
+        if (a < D) get4<M>(state + a * M, column + c, x);
+      },
+      [](int) { return 0.f; },
+      [](int) { return 0.f; },
+      [&](int i, int c, float (&o)[4], float) {
+        if (i >= g.last) return;
+#pragma unroll
+        for (int b = 0; b < 4; ++b) o[b] = i < real_k ? o[b] : 0.f;
+        put4<M>(dv + (g.head * N + i) * M, column + c, o);
+      });
 }
