@@ -30,8 +30,9 @@ a triangular system. With T = (I + Diag(β) B)⁻¹ (the WY representation: Diag
     dA = tril(dO Uᵀ),   d(e ⊙ K) = U Rᵀ,   d(b ⊙ Q) = dO S_0ᵀ                      as in `gated`
     dS_0 = Diag(b_C) R + (b ⊙ Q)ᵀ dO - (b ⊙ K)ᵀ dV                                 S_C, O, Z
 
-T is made by halves from products of blocks, not by a general solver: entry by entry its error is within a small multiple of |T| |I + β B| |T|.
-For keys of length 1 and β ≤ 1 that stays small; where β |k|² > 2 a write overshoots more than it corrects, and state and error grow without limit.
+T is made by halves from products of blocks, not by a general solver: entry by entry its error is within γ J³ |T|, J = |T| (I + |β B|), for each
+chunk. For keys of one length and β |k|² ≤ 2 the entries of T are at most 2; beyond, a write overshoots more than it corrects, and state and error
+grow without limit.
 """
 from __future__ import annotations
 
