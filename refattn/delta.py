@@ -53,7 +53,9 @@ def _forward(xp: Any, states: States, S: Array, Q: Array | None, K: Array, V: Ar
              beta: Array) -> tuple[Array | None, Array]:
     """O and the state behind the last chunk; without Q only the state."""
     A, B, bQ, bK, eK, whole, _, _ = _all_scores(xp, Q, K, g)
-    before, U, end = states(whole, None, S, (eK, unit_lower_inverse(-beta * B, xp), beta * V, beta * bK))
+    T = unit_lower_inverse(-beta * B, xp)
+    T *= transposed(beta)                                                         # U = [T Diag(β)] [V - (b ⊙ K) S_0]: no pass over V and K
+    before, U, end = states(whole, None, S, (eK, T, V, bK))
     if Q is None:
         return None, end
     O = A @ U
