@@ -397,8 +397,8 @@ def strong(rule, channels, kind, rng):
     k, shape = draw(d.k), d.k if channels else d.k[:-1]
     if "delta" in rule:
         k /= np.linalg.norm(k, axis=-1, keepdims=True)
-    g = {"-50": np.full(shape, -50.0), "mixed": log_decays(shape, MIXTURES["strong"], rng), "with resets": log_decays(shape, (0.1, 0.3, 0, 0.5, 0.1), rng)}
-    return RuleCase(d, draw(d.q), k, draw(d.v), g[kind].astype(np.float32),
+    weights = {"-50": (0, 0, 0, 1, 0), "mixed": MIXTURES["strong"], "with resets": (0.1, 0.3, 0, 0.5, 0.1)}
+    return RuleCase(d, draw(d.q), k, draw(d.v), log_decays(shape, weights[kind], rng).astype(np.float32),
                     rng.uniform(0, 2, d.k[:-1]).astype(np.float32) if "delta" in rule else None, draw(d.state), draw(d.out), draw(d.state))
 
 
