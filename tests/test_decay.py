@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refattn.decay import decays, decays_backward, scores, scores_backward, strictly_lower, unit_lower_inverse
+from refattn.decay import decays, scores, scores_backward, strictly_lower, unit_lower_inverse
 from refattn.testing import laws
 from refattn.testing.budgets import assert_within, gamma
 
