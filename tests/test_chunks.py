@@ -1,4 +1,4 @@
-"""What every rule with a gate or a delta obeys, in all its forms: chunked, scan, masked (a scan of one chunk), step; and so do their transposes."""
+"""What every rule with a gate or a delta obeys, in all its forms: chunked, scan, masked, step; and so do their transposes."""
 from __future__ import annotations
 
 import tracemalloc
@@ -15,6 +15,8 @@ from refattn.causal import causal_masked_backward, causal_masked_forward
 from refattn.delta import (
     delta_chunked_backward,
     delta_chunked_forward,
+    delta_masked_backward,
+    delta_masked_forward,
     delta_scan_backward,
     delta_scan_forward,
     delta_step,
@@ -23,6 +25,8 @@ from refattn.delta import (
 from refattn.gated import (
     gated_chunked_backward,
     gated_chunked_forward,
+    gated_masked_backward,
+    gated_masked_forward,
     gated_scan_backward,
     gated_scan_forward,
     gated_step,
@@ -35,7 +39,8 @@ from refattn.testing.strategies import MIXTURES, Dims, RuleCase, exact_writes, l
 
 RULES = ("gated", "delta", "gated_delta")
 FORMS = {("gated", "chunked"): (gated_chunked_forward, gated_chunked_backward), ("gated", "scan"): (gated_scan_forward, gated_scan_backward),
-         ("delta", "chunked"): (delta_chunked_forward, delta_chunked_backward), ("delta", "scan"): (delta_scan_forward, delta_scan_backward)}
+         ("delta", "chunked"): (delta_chunked_forward, delta_chunked_backward), ("delta", "scan"): (delta_scan_forward, delta_scan_backward),
+         ("gated", "masked"): (gated_masked_forward, gated_masked_backward), ("delta", "masked"): (delta_masked_forward, delta_masked_backward)}
 DTYPES = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
 chunks = st.sampled_from([1, 2, 4, 8])
 seeds = st.integers(0, 2**32 - 1)
@@ -56,10 +61,8 @@ def run(form, c, chunk=4):
     """Outputs and gradients of one form, what the rule does not have left out."""
     if form == "step":
         return stepped(c)
-    forward, backward = FORMS["gated" if c.beta is None else "delta", "scan" if form == "masked" else form]
-    if form == "masked":
-        chunk = 1 << max(c.dims.N - 1, 0).bit_length()
-    out, end, residuals = forward(*inputs(c), c.state, chunk=chunk)
+    forward, backward = FORMS["gated" if c.beta is None else "delta", form]
+    out, end, residuals = forward(*inputs(c), c.state, **({} if form == "masked" else {"chunk": chunk}))
     return [x for x in (out, end, *backward(c.dout, c.dstate, residuals)) if x is not None]
 
 
@@ -397,9 +400,8 @@ def strong(rule, channels, kind, rng):
     k, shape = draw(d.k), d.k if channels else d.k[:-1]
     if "delta" in rule:
         k /= np.linalg.norm(k, axis=-1, keepdims=True)
-    g = {"-50": np.full(shape, -50.0), "mixed": log_decays(shape, MIXTURES["strong"], rng),
-         "with resets": log_decays(shape, (0.1, 0.3, 0, 0.5, 0.1), rng)}
-    return RuleCase(d, draw(d.q), k, draw(d.v), g[kind].astype(np.float32),
+    weights = {"-50": (0, 0, 0, 1, 0), "mixed": MIXTURES["strong"], "with resets": (0.1, 0.3, 0, 0.5, 0.1)}
+    return RuleCase(d, draw(d.q), k, draw(d.v), log_decays(shape, weights[kind], rng).astype(np.float32),
                     rng.uniform(0, 2, d.k[:-1]).astype(np.float32) if "delta" in rule else None, draw(d.state), draw(d.out), draw(d.state))
 
 
