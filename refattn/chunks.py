@@ -137,7 +137,7 @@ def chunked_backward(forward: Forward, backward: Backward, dout: np.ndarray, dst
                 for to, x in zip(dX, d, strict=True):
                     _store(to, rows, x)
                 return R
-            step = size * max(-(-count // PARTS), PARTS ** max(_power(count) - 1, 0))
+            step = size * PARTS ** (_power(count) - 1)
             parts = [slice(a, min(a + step, rows.stop)) for a in range(rows.start, rows.stop, step)]
             before = [S]
             for part in parts[:-1]:

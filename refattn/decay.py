@@ -9,7 +9,7 @@ half of a pair the product is split at the border between them,
     Π_{j<s≤t} a_s = behind_j · before_t        behind_j: after j to the end of the left half, before_t: from the start of the right half to t
 
 so that all pairs of two halves are one matrix product, and a factor that is 0 (g = -inf) is only a 0. Each product of m factors is made by
-m - 1 multiplications in the order of a binary tree: off by 2m roundings or less.
+m - 1 multiplications, in whatever order: off by m roundings and m exponentials or less.
 
 **Backward** without subtraction too: what a decay's logarithm receives from a product is the product times its cotangent, so
 

@@ -30,8 +30,9 @@ a triangular system. With T = (I + Diag(β) B)⁻¹ (the WY representation: Diag
     dA = tril(dO Uᵀ),   d(e ⊙ K) = U Rᵀ,   d(b ⊙ Q) = dO S_0ᵀ                      as in `gated`
     dS_0 = Diag(b_C) R + (b ⊙ Q)ᵀ dO - (b ⊙ K)ᵀ dV                                 S_C, O, Z
 
-T is made by halves from products of blocks, not by a general solver: entry by entry its error is within a small multiple of |T| |I + β B| |T|.
-For keys of length 1 and β ≤ 1 that stays small; where β |k|² > 2 a write overshoots more than it corrects, and state and error grow without limit.
+T is made by halves from products of blocks, not by a general solver: entry by entry its error is within γ J³ |T|, J = |T| (I + |β B|), for each
+chunk. For keys of one length and β |k|² ≤ 2 the entries of T are at most 2; beyond, a write overshoots more than it corrects, and state and error
+grow without limit.
 """
 from __future__ import annotations
 
@@ -52,7 +53,9 @@ def _forward(xp: Any, states: States, S: Array, Q: Array | None, K: Array, V: Ar
              beta: Array) -> tuple[Array | None, Array]:
     """O and the state behind the last chunk; without Q only the state."""
     A, B, bQ, bK, eK, whole, _, _ = _all_scores(xp, Q, K, g)
-    before, U, end = states(whole, None, S, (eK, unit_lower_inverse(-beta * B, xp), beta * V, beta * bK))
+    T = unit_lower_inverse(-beta * B, xp)
+    T *= transposed(beta)                                                         # U = [T Diag(β)] [V - (b ⊙ K) S_0]: no pass over V and K
+    before, U, end = states(whole, None, S, (eK, T, V, bK))
     if Q is None:
         return None, end
     O = A @ U

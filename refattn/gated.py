@@ -13,7 +13,7 @@ and for a chunk of C positions, S_0 being the state before it and e_j = Π_{s>j}
 | form    | function        | cost per head, flops                          | memory beyond inputs and outputs         | arrays    |
 |---------|-----------------|-----------------------------------------------|------------------------------------------|-----------|
 | masked  | gated_masked_*  | 2·N²·(D + M)                                  | N²                                       | array API |
-| chunked | gated_chunked_* | 4·N·D·M + 2·N·C·(D + M), C·log₂ C decays      | a block of chunks, 16 states · log₁₆ N   | NumPy     |
+| chunked | gated_chunked_* | 4·N·D·M + 2·N·C·(D + M), ≤ N·C/2 decays       | a block of chunks, 16 states · log₁₆ N   | NumPy     |
 | scan    | gated_scan_*    | as chunked, and log₂(N/C) sums of all states  | all of it, N·D·M / C                     | array API |
 | step    | gated_step      | 5·D·M per position                            | D·M                                      | array API |
 

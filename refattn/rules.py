@@ -77,7 +77,8 @@ def recurrence(q: Array, k: Array, v: Array, g: Array | None = None, beta: Array
     Notes
     -----
     Rule `linear`: 4·N·D·M + 2·N·C·(D + M) flops a head; the other rules: see `gated` and `delta`. Extra memory does not grow with N, in the
-    backward neither (but for 16 states for each power of 16 in N of the rules with g or beta).
+    backward neither (but for 16 states for each power of 16 in the number of blocks, a few hundred
+    positions each, with g or beta).
 
     Examples
     --------

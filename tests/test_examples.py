@@ -1,6 +1,7 @@
 """The examples run by themselves, and what they print is true."""
 from __future__ import annotations
 
+import importlib.util
 import runpy
 import shutil
 from pathlib import Path
@@ -43,3 +44,40 @@ def test_02_a_race_in_a_kernel(capsys: pytest.CaptureFixture[str]) -> None:
     writes, reads = (f"02_a_race_in_a_kernel.cu:{number}" for number in (5, 10))
     assert f"\nrace: {writes}: " in without and f" read at {reads} with no barrier between" in without
     assert barrier.count(": 0 of 256 elements are wrong") == 3 and barrier.endswith("no findings\n")
+
+
+def test_03_where_the_delta_rule_is_well_conditioned(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, figure = str(EXAMPLES / "03_where_the_delta_rule_is_well_conditioned.py"), tmp_path / "figure.svg"
+    with_figure = importlib.util.find_spec("matplotlib") is not None
+    monkeypatch.setattr("sys.argv", [file, str(figure)] if with_figure else [file])
+    names = runpy.run_path(file, run_name="__main__")
+    figures, inputs, out_and_dk = (names[name] for name in ("figures", "inputs", "out_and_dk"))
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
+    assert len(table) == 3 * len(names["FACTORS"])
+    for factor, N, *printed in table:
+        assert printed == [f"{x:.1e}" for x in figures[float(factor), int(N)][:3]]
+    for (factor, N), (*errors, largest, _) in figures.items():
+        q, k, v, beta, dout = (x[:, :N] for x in inputs(factor))
+        norms = [np.linalg.norm(x.astype(float), axis=-1) for x in (q, k, v)]
+        assert np.allclose(beta * norms[1] ** 2, factor, rtol=1e-6)
+        # |I - β k kᵀ| = ρ, and a write is β k vᵀ: the state is at most the sum of the writes, each ρ times as large after each later one
+        rho = max(1.0, abs(1 - factor)) * (1 + 1e-6)
+        most = (rho ** np.minimum(np.arange(N), 1000)[::-1] * norms[1] * norms[2]).sum(-1) * norms[0].max(-1)     # 2¹⁰⁰⁰ is enough
+        assert 1e-8 < min(errors) and largest <= most.max()
+        if N > 64:
+            continue
+        truth, ours = oracle.full_recurrence(q, k, v, None, beta)[0], out_and_dk(q, k, v, beta, dout)[0]
+        again = max(np.linalg.norm(x - y) / np.linalg.norm(y) for x, y in zip(ours.reshape(-1, 8), truth.reshape(-1, 8), strict=True))
+        assert abs(errors[0] - again) <= budgets.gamma(24, np.float64) * again           # two norms of eight numbers, in two orders
+        # the truth of dk is good enough for two digits of its error: against the complex step of the oracle along k times some signs
+        along = k * np.random.default_rng(1).choice([-1.0, 1.0], k.shape)
+        dk = out_and_dk(*(x.astype(float) for x in (q, k, v, beta, dout)))[1]
+        slope = (dout * oracle.full_recurrence(q, k + 1e-30j * along, v, None, beta)[0].imag).sum() / 1e-30
+        assert abs(slope - (dk * along).sum()) <= 5e-3 * errors[1] * np.abs(dk * along).sum()
+    # what the figure shows: two is the end
+    for of in (0, 1):
+        assert figures[3.0, 1024][of] > 10 * max(figures[factor, 1024][of] for factor in (0.5, 1.0, 1.9, 2.0))
+    assert figures[3.0, 1024][2] > 1e30
+    if with_figure:
+        drawn = figure.read_text(encoding="utf-8")
+        assert len(drawn) < 60_000 and all(f"β|k|² = {factor:g}" in drawn for factor in names["FACTORS"])

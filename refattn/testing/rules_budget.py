@@ -37,7 +37,7 @@ import numpy as np
 
 from .budgets import _dtypes, _f64, _groups, gamma, rounding
 
-EXP_ROUNDINGS = 5    # NumPy's float32 exp is within 2.52 units in the last place
+EXP_ROUNDINGS = 6    # NumPy's float32 exp is within 2.52 units in the last place
 
 
 class RulesBudget(NamedTuple):
