@@ -112,7 +112,7 @@ def lsh_forward(x: np.ndarray, v: np.ndarray, buckets: np.ndarray, *, causal: bo
         l = (by * sums).sum(1)[..., None]
         o = (by[..., None] * _unsorted(weights @ p.values, p.place)).sum(1)
         alone = (l == 0) & p.real[..., None]
-        out[...] = np.where(alone, v, o / np.where(l == 0, 1, l)).astype(out.dtype)
+        out[...] = np.where(alone, v, (o / np.where(l == 0, 1, l)).astype(out.dtype))
         top[...] = np.where(l == 0, np.inf, total[:, 0, :, None] + np.log(np.where(l == 0, 1, l)))      # z_i; ∞ makes all weights 0
 
     _each(work, chunk, x, v, buckets, lengths, out, top)
@@ -131,8 +131,8 @@ def lsh_backward(dout: np.ndarray, residuals: Residuals) -> tuple[np.ndarray, np
     dx, dv = np.zeros(x.shape, x.dtype), np.zeros(v.shape, v.dtype)
 
     def work(x: Any, v: Any, buckets: Any, lengths: Any, out: Any, top: Any, dout: Any, dx: Any, dv: Any) -> None:
-        x, v, dout = x.astype(acc), v.astype(acc), dout.astype(acc)
-        p = _pairs(x, v, buckets, chunk, s, causal, lengths)
+        p = _pairs(x.astype(acc), v.astype(acc), buckets, chunk, s, causal, lengths)
+        x, dout = (np.where(p.real[..., None], y.astype(acc), 0) for y in (x, dout))
         do, inner, z = (_sorted(y, p.position) for y in (dout, (dout * out.astype(acc)).sum(-1, keepdims=True), top))
         P = np.exp(p.logits - z)
         dy = P * (do @ p.values.mT - inner)
@@ -172,6 +172,8 @@ def _pairs(x: np.ndarray, v: np.ndarray, buckets: np.ndarray, C: int, s: float, 
     np.put_along_axis(place, order, np.broadcast_to(np.arange(N), order.shape), axis=-1)
     position = position.reshape(h, R, T, C)
     real = np.arange(N) < (np.full((h, 1), N) if lengths is None else lengths[:, None])
+    if lengths is not None:                                                                     # 0 · NaN of padding would be NaN
+        x, v = (np.where(real[..., None], y, 0).astype(y.dtype) for y in (x, v))
     norm = np.sqrt((x * x).sum(-1, keepdims=True))
     queries = _sorted(x, position)
     keys, values = (_with_previous(_sorted(y, position)) for y in (x / np.where(norm == 0, 1, norm), v))
