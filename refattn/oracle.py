@@ -188,6 +188,26 @@ def full_recurrence(q: Any, k: Any, v: Any, g: Any = None, beta: Any = None, sta
     return out, S_end
 
 
+def lsh_attention(x: Any, v: Any, buckets: Any, *, causal: bool, chunk: int, scale: Any, lengths: Any = None) -> np.ndarray:
+    """LSH attention as a softmax over the set P_i of each position, written as sets; see `refattn.lsh`."""
+    x, v, buckets = _wide(x), _wide(v), np.asarray(buckets)
+    out = np.zeros(v.shape, np.result_type(x, v))
+    for at in np.ndindex(x.shape[:-2]):
+        n = x.shape[-2] if lengths is None else int(lengths[at])
+        for i in range(n):
+            seen = set()
+            for bucket in buckets[at]:
+                order = sorted(range(len(bucket)), key=lambda j: (bucket[j], j))
+                chunk_of = {j: place // chunk for place, j in enumerate(order)}
+                seen |= {j for j in range(n) if j != i and (j < i or not causal) and bucket[j] == bucket[i]
+                         and chunk_of[i] - chunk_of[j] in (0, 1)}
+            visible = sorted(seen) or [i]
+            keys = [x[at][j] / np.sqrt((x[at][j] ** 2).sum()) for j in visible]
+            weights = np.exp(np.array([scale * (x[at][i] * k).sum() for k in keys]))
+            out[at][i] = (weights[:, None] * v[at][visible]).sum(0) / weights.sum()
+    return out
+
+
 def recurrence_gradients(q: Any, k: Any, v: Any, state: Any, dout: Any, dstate: Any) -> tuple[Any, Any, Any, Any]:
     """Rule `linear` with scale 1: (dq, dk, dv, dstate0) by eq. 13-15 as printed; state and dstate are arrays."""
     q, k, v, S, G, dS = (_wide(x) for x in (q, k, v, state, dout, dstate))
