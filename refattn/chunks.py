@@ -15,6 +15,7 @@ last chunk; or with reverse=True the same from the last chunk to the first.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -44,24 +45,27 @@ def states_one_by_one(whole: np.ndarray | None, add: np.ndarray | None, S: np.nd
     U: Any = None
     own: Any = update[2] if update else add
     count = own.shape[-3]
+    states = np.empty((*S.shape[:-2], count + 1, *S.shape[-2:]), S.dtype)
+    states[..., count if reverse else 0, :, :] = S
     if update:
         X, T, Z, Y = update
-        X, U = transposed(X), np.empty_like(Z)
-    seen, last = np.empty((*S.shape[:-2], count, *S.shape[-2:]), S.dtype), np.empty_like(S)
-    order = [*(reversed(range(count)) if reverse else range(count))]
-    seen[..., order[0], :, :] = S
-    for c, following in zip(order, [*order[1:], None], strict=True):
-        after = last if following is None else seen[..., following, :, :]                                  # each state where it is kept
+        X, U, z, written = transposed(X), np.empty_like(Z), np.empty_like(Z[..., 0, :, :]), np.empty_like(S)
+
+    def each(x: Any) -> Any:                                                        # in the order of the walk
+        return repeat(None, count) if x is None else np.moveaxis(x, -3, 0)[:: -1 if reverse else 1]
+
+    passed = each(states)
+    for S, after, w, a, c in zip(passed[:-1], passed[1:], each(whole), each(add), range(count)[:: -1 if reverse else 1], strict=True):
+        if w is not None:
+            np.multiply(w, S, out=after)
         if update:
-            z = Y[..., c, :, :] @ S
-            u = np.matmul(T[..., c, :, :], np.subtract(Z[..., c, :, :], z, out=z), out=U[..., c, :, :])
-        if whole is not None:
-            S = np.multiply(whole[..., c, :, :], S, out=after)
-        if update:
-            S = np.add(S, X[..., c, :, :] @ u, out=after)
-        if add is not None:
-            S = np.add(S, add[..., c, :, :], out=after)
-    return seen, U, S
+            np.matmul(Y[..., c, :, :], S, out=z)
+            np.subtract(Z[..., c, :, :], z, out=z)
+            u = np.matmul(T[..., c, :, :], z, out=U[..., c, :, :])
+            np.add(S if w is None else after, np.matmul(X[..., c, :, :], u, out=written), out=after)
+        if a is not None:
+            np.add(S if w is None and not update else after, a, out=after)
+    return (states[..., 1:, :, :] if reverse else states[..., :-1, :, :]), U, passed[-1]
 
 
 def states_by_doubling(whole: Array | None, add: Any, S: Array, update: Update | None = None, *,
