@@ -65,7 +65,7 @@ def states_one_by_one(whole: np.ndarray | None, add: np.ndarray | None, S: np.nd
             np.add(S if w is None else after, np.matmul(X[..., c, :, :], u, out=written), out=after)
         if a is not None:
             np.add(S if w is None and not update else after, a, out=after)
-    return (states[..., 1:, :, :] if reverse else states[..., :-1, :, :]), U, passed[-1]
+    return (states[..., 1:, :, :] if reverse else states[..., :-1, :, :]), U, passed[-1].copy()     # a view would hold all states
 
 
 def states_by_doubling(whole: Array | None, add: Any, S: Array, update: Update | None = None, *,
