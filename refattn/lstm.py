@@ -23,8 +23,8 @@ Axes   ... any leading axes, together B sequences · N positions · E features o
 
 Sequences are packed: sorted by length, longest first, and written position after position, so that position t of all that have one is a block of
 rows. Padding is in no block: it is neither read nor computed, and a sequence that has ended keeps its state. The other direction is the
-same loop over sequences that are read from their own ends. Sums are kept in float32 for float16 and bfloat16, the states too; outputs are
-rounded once on the way out of a layer.
+same loop over sequences that are read from their own ends. For float16 and bfloat16 everything is float32 from the first layer to the last,
+the states too; what comes out is rounded once.
 """
 from __future__ import annotations
 
@@ -156,8 +156,8 @@ def lstm_forward(params: Params, name: str, x: Array, state: LSTMState | None = 
 
     Notes
     -----
-    8·H·(E + H) flops for each real position, and 6·H + E numbers kept. The projections of x are one product for all positions; only
-    h W_hidden waits for the position before. One BLAS thread each step: the product of a step is too small for more.
+    8·H·(E + H) flops for each real position, and 7·H + E numbers kept. The projections of x are one product for all positions; only
+    h W_hidden waits for the position before. Each step has one BLAS thread: its product is too small for more.
 
     Examples
     --------
@@ -300,7 +300,8 @@ def bilstm_forward(params: Params, name: str, x: Array, state: LSTMState | None 
 
     Notes
     -----
-    The same numbers as L pairs of `lstm_forward`, which pack and unpack in between. The directions run on two threads.
+    The same numbers as L pairs of `lstm_forward`, which pack and unpack in between, and in float16 and bfloat16 round there. The directions
+    run on two threads.
 
     Examples
     --------
@@ -321,7 +322,6 @@ def bilstm_forward(params: Params, name: str, x: Array, state: LSTMState | None 
         runs, r_in = _layer_forward(xp, [X, X[plan.flip]], weights[i], starts, plan)
         X = xp.empty((X.shape[0], 2 * H), X.dtype)
         X[:, :H], X[:, H:] = runs[0].h[plan.B:], runs[1].h[plan.B:][plan.flip]
-        X = cast(cast(X, x.dtype), X.dtype)                                # rounded on the way out of each layer
         for d, run in enumerate(runs):
             final.h[i, d], final.c[i, d] = _final(xp, run, plan)
         kept.append((names[i], weights[i], runs, r_in))
@@ -361,9 +361,9 @@ def bilstm_backward(dout: Array | None, dstate: LSTMState | None, residuals: Res
     """
     plan, shape, dtype, kept = residuals
     h = kept[0][2][0].h
-    xp, H, wide = namespace(h=h), h.shape[1], h.dtype
+    xp, H = namespace(h=h), h.shape[1]
     _check_dout(xp, dout, (*shape[:-1], 2 * H), dtype)
-    dstate = _dstate(xp, dstate, (len(kept), 2, *plan.lead, H), wide)
+    dstate = _dstate(xp, dstate, (len(kept), 2, *plan.lead, H), h.dtype)
     start = LSTMState(xp.empty_like(dstate.h), xp.empty_like(dstate.c))
     dX = None if dout is None else _pack(xp, dout, plan, False)
     grads: list[Grads] = []
@@ -374,7 +374,6 @@ def bilstm_backward(dout: Array | None, dstate: LSTMState | None, residuals: Res
         dXs, starts, dweights = _layer_backward(xp, douts, ends, weights, runs, r_in, plan)
         dX = dXs[0]
         dX += dXs[1][plan.flip]
-        dX = cast(cast(dX, dtype), wide)
         for d in range(2):
             start.h[i, d], start.c[i, d] = _scatter(xp, starts[d], plan)
         grads[:0] = [_named(one, each, dtype) for one, each in zip(names, dweights, strict=True)]
