@@ -32,7 +32,7 @@ def with_tensor_cores(request):
 
 
 FORWARD = ["group_states_tc", "scan_states", "group_outputs_tc"]
-BACKWARD = ["group_dq_tc", "group_costates_tc", "scan_states", "group_dk_tc", "group_dv_tc"]
+BACKWARD = ["group_dq_tc", "group_costates_tc", "scan_states", "group_dk_dv_tc"]
 NAMES = "out", "S", "z", "dq", "dk", "dv", "dS", "dz"
 
 
