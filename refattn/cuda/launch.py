@@ -7,9 +7,9 @@ The array module comes with the call: CuPy, or its stand-in `refattn.simt.cupy`,
 
 Backward: the states before each group are kept (N / rows of them), so
 
-    group_dq  →  group_states of φ(q) and G  →  scan_states from the end  →  group_dk_dv, or group_dk and group_dv where D or M is over 64
+    group_dq  →  group_states of φ(q) and G  →  scan_states from the end  →  group_dk_dv, or group_dk and group_dv where `both_at_once` is false
 
-Where `tensor_fits` says so, (a) and (c) are the kernels of the same names with `_tc`, which take the same arguments.
+Where `tensor_fits` says so, (a) and (c) are the kernels of the same names with `_tc`, which take the same arguments, and group_dk_dv_tc serves all.
 
 Shapes are those of `causal`: q (..., G·H, N, D), k (..., H, N, D), v (..., H, N, M), S (..., H, D, M), z (..., H, D). Nothing is checked here but
 what CUDA limits; `causal_linear_attention` and `recurrence` check the rest.
@@ -96,16 +96,21 @@ def state_bytes(width: int, tile: Tile, itemsize: int) -> int:
 
 
 def tensor_bytes(kernel: str, D: int, M: int) -> int:
-    """Shared memory of group_states_tc: y and z, a few numbers, or a tile of each warp; of the others: x; y, under it the weights, and z, under
-    both these tiles; the state, as two parts; the scores; and a few rows of numbers. What may be two parts is counted as two."""
-    C, stages, turned = 32, 8 * (15 * 24 + 16) * 4, kernel in ("group_dq_tc", "group_dk_tc")
+    """Shared memory of group_states_tc: y and z, a few numbers, or a tile of each warp; of group_outputs_tc and group_dq_tc: x; y, under it the
+    weights, and z, under both these tiles; the state, as two parts; the scores; and a few rows of numbers; of group_dk_dv_tc: k and v; q and do,
+    under them these tiles; up to 64 rows of the state, as two parts, under them scores and weights; and a few rows of numbers. What may be two
+    parts is counted as two."""
+    C, stages, turned = 32, 8 * (15 * 24 + 16) * 4, kernel == "group_dq_tc"
     width, columns = (_up(M, 16), _up(D, 16)) if turned else (_up(D, 16), _up(M, 16))
     if kernel in ("group_states_tc", "group_costates_tc"):
-        return max(2 * C * (2 * (width + 8) + columns + 8) + 4 * (C + 8) * (kernel == "group_costates_tc"), stages)
+        return max(2 * C * (2 * (width + 8) + columns + 8) + 4 * (2 * C + 8) * (kernel == "group_costates_tc"), stages)
+    if kernel == "group_dk_dv_tc":
+        operands = 2 * C * (2 * (width + 8) + columns + 8)
+        state = max(4 * min(width, TENSOR_COLUMNS) * (columns + 8), 16 * C * (C + 8))
+        return operands + max(operands, stages) + state + 4 * (width + 4 * C + 16)
     (x_parts, z_parts), columns = (1, 2) if turned else (2, 1), min(columns, TENSOR_COLUMNS)
     x, z, state = 2 * x_parts * C * (width + 8), 2 * z_parts * C * (columns + 8), 4 * width * (columns + 8)
-    numbers = C * (C + 8) + columns + width + 4 * C + (16 if kernel in ("group_dk_tc", "group_dv_tc") else 8)
-    return x + max(max(x, 4 * C * (C + 8)) + z, stages) + state + 4 * numbers
+    return x + max(max(x, 4 * C * (C + 8)) + z, stages) + state + 4 * (C * (C + 8) + columns + width + 4 * C + 8)
 
 
 def tensor_fits(capability: int, dtype: str, D: int, M: int) -> bool:
@@ -116,7 +121,7 @@ def tensor_fits(capability: int, dtype: str, D: int, M: int) -> bool:
     """
     if dtype not in ("float16", "bfloat16") or max(D, M) > 128:
         return False
-    most = max(tensor_bytes(kernel, D, M) for kernel in ("group_outputs_tc", "group_dq_tc"))
+    most = max(tensor_bytes(kernel, D, M) for kernel in ("group_outputs_tc", "group_dq_tc", "group_dk_dv_tc"))
     return capability >= (75 if dtype == "float16" and most <= 64 << 10 else 80)
 
 
@@ -161,7 +166,7 @@ def names(dtype: str, D: int, M: int, feature: int, normalised: bool, tensor: bo
     flags = f"{feature}, {str(normalised).lower()}"
     over_d, over_m = (f"{T}, {D}, {M}, {t.C}, {t.columns}, {flags}" for t in (tile(D, M, size), tile(M, D, size)))
     if tensor:
-        kinds = {"group_states": ", false", "group_costates": ", true", "group_outputs": "", "group_dq": "", "group_dk": "", "group_dv": ""}
+        kinds = {"group_states": ", false", "group_costates": ", true", "group_outputs": "", "group_dq": "", "group_dk_dv": ""}
         return {"scan_states": "scan_states<float>", **{
             f"{kernel}_tc": f"{kernel.replace('costates', 'states')}_tc<{T}, {D}, {M}, {flags}{more}>" for kernel, more in kinds.items()}}
     return {
@@ -229,7 +234,7 @@ def causal_backward(xp: Any, dout: Array, dS: Array | None, dz: Array | None,
         kernels.run("group_costates", heads * groups, q, dout, *quotient, costates, lengths[0], i4(N), i4(groups), i4(rows), number(scale))
         kernels.launch("scan_states", (kv, -(-(D * M + D) // THREADS)), 0,
                        costates, end_S, end_z, dS, dz, i4(groups), i4(shared), i4(D * M), i4(D), i4(1))
-        if "group_dk_dv" in kernels.functions:
+        if "group_dk" not in kernels.functions:
             kernels.run("group_dk_dv", kv * groups, q, k, v, dout, costates, *quotient, dk, dv, *lengths, *shape)
             return dq, dk, dv, dS, dz
         kernels.run("group_dk", kv * groups, q, k, v, dout, costates, *quotient, dk, *lengths, *shape)
@@ -274,7 +279,7 @@ class Kernels(NamedTuple):
 def column_blocks(kernel: str, D: int, M: int, itemsize: int) -> int:
     """How many blocks share the columns of the state, or of its transpose, in a kernel of (a) or (c)."""
     width, columns = (M, D) if kernel.startswith(("group_dq", "group_dk")) else (D, M)
-    if kernel in ("group_dk_dv", "group_states_tc", "group_costates_tc"):
+    if kernel in ("group_dk_dv", "group_dk_dv_tc", "group_states_tc", "group_costates_tc"):
         return 1
     return -(-columns // (TENSOR_COLUMNS if kernel.endswith("_tc") else tile(width, columns, itemsize).columns))
 
