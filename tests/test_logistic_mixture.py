@@ -47,7 +47,10 @@ def nats(params, targets, V):
     return np.array([logistic_mixture_forward(p, np.asarray(t), levels=V)[0] for p, t in zip(params, targets)]).astype(np.float64)
 
 
-# The definition, in decimal numbers of as many digits as it takes: log Σ π (σ(b) - σ(a)), the gradient by central differences.
+# The definition, log Σ π (σ(b) - σ(a)), in decimal numbers of as many digits as it takes.
+
+NOISE = 1e-120
+
 
 def exact_nats(row, t, V):
     K, total, weight = len(row) // 3, Decimal(0), Decimal(0)
@@ -63,7 +66,10 @@ def exact_nats(row, t, V):
 
 
 def exact(params, targets, V):
-    """(nats, their gradients) of each position; right to 1e-20 and better, which central differences of 60 digits below the scales give."""
+    """(nats, their gradients) of each position, as float64, the gradients by central differences.
+
+    Their step is 30 digits below the narrowest scale, so what they leave out is of relative size 1e-60; they round to 1e-130 of the nats, NOISE.
+    """
     nll, gradient = np.zeros(targets.shape), np.zeros(params.shape)
     for at in np.ndindex(targets.shape):
         row = [Decimal(float(x)) for x in params[at]]
@@ -132,7 +138,7 @@ def shares(targets, weights):
 
 @given(seeds, dtypes, st.sampled_from([(), (0,), (1,), (2, 2)]), components, levels, st.booleans())
 def test_the_loss_and_the_gradient_are_those_of_the_definition(seed, dtype, lead, K, V, weighted):
-    params, targets, weights = case(seed, dtype, lead, K, V, weighted)
+    params, targets, weights = case(seed, dtype, lead, K, V, weighted, spread=6 if dtype == np.float16 else 12)   # float16 ends at 65504
     loss, dparams = loss_and_gradient(params, targets, V, weights, dloss=-1.5)
     nll, gradient = exact(params, targets, V)
     e_nll, e_gradient = budget(params, targets, V, work(dtype))
@@ -140,7 +146,7 @@ def test_the_loss_and_the_gradient_are_those_of_the_definition(seed, dtype, lead
     assert loss.dtype == dparams.dtype == dtype and np.shape(loss) == () and dparams.shape == params.shape
     assert_within(loss, (share * nll).sum(), (share * e_nll).sum() + rounding((share * nll).sum(), dtype), "loss")
     gradient, e_gradient = (1.5 * share[..., None] * x for x in (-gradient, e_gradient))
-    assert_within(dparams, gradient, e_gradient + rounding(gradient, dtype) + rounding(0, work(dtype)), "dparams")
+    assert_within(dparams, gradient, e_gradient + rounding(gradient, dtype) + rounding(0, work(dtype)) + NOISE, "dparams")
 
 
 @pytest.mark.parametrize("V", [2, 256])
@@ -167,7 +173,7 @@ def test_far_tails_and_narrow_bins_are_those_of_the_definition(t, mean, log_scal
     e_nll, e_gradient = budget(params, targets, 256, np.dtype(np.float64))
     assert e_nll[0] < 1e-12 * (1 + nll[0]) and (0 < loss < np.inf or nll[0] < 1e-15)
     assert_within(loss, nll[0], e_nll[0] + rounding(0, "float64"))
-    assert_within(dparams, gradient, e_gradient)
+    assert_within(dparams, gradient, e_gradient + NOISE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
@@ -208,7 +214,7 @@ def test_finite_parameters_give_numbers(dtype, K, V, data):
     params = np.clip(params, -largest, largest).astype(dtype).reshape(3, 3 * K)
     targets = np.array([0, V // 2, V - 1])
     loss, dparams = loss_and_gradient(params, targets, V)
-    assert not np.isnan(loss) and not np.isnan(dparams).any() and not np.isnan(bits(loss))
+    assert not np.isnan(loss) and not np.isnan(dparams).any() and not np.isnan(bits(float(loss)))
     assert dtype.itemsize == 2 or (np.isfinite(loss) and np.isfinite(dparams).all())
     drawn = logistic_mixture_sample(params, np.random.default_rng(0), levels=V)
     assert drawn.shape == (3,) and 0 <= drawn.min() and drawn.max() < V
