@@ -88,7 +88,8 @@ def budget(params, targets, V, dtype):
     """Bounds of (nats, their gradients), position by position, from float64: the roundings of each line, times what it does to the result.
 
     In units of u an exponential, a logarithm and their likes count 5, all else 1. An end of a bin: 2 for its difference, 5 for e^{-s}, 1 for
-    their product. A probability's relative error is that of its logarithm, of which there are two: of itself and of the sum.
+    their product. A probability's relative error is that of its logarithm, of which there are two: of itself and of the sum. One logistic
+    alone has the weight 1 and the share 1, without rounding.
     """
     u, K = unit_roundoff(dtype.name), params.shape[-1] // 3
     x, t = params.astype(np.float64), targets[..., None]
@@ -104,12 +105,13 @@ def budget(params, targets, V, dtype):
     ea, eb = (np.where(np.abs(y) == 1e300, 0, gamma(8, dtype) * np.abs(y) + 2 * u * u * inverse) for y in (a, b))
     below, above = softplus(a), softplus(-b)
     width = np.where(inner, np.where(w < 1, log_w + np.log(-np.expm1(-np.minimum(w, 1)) / np.minimum(w, 1)), np.log1p(-np.exp(-np.maximum(w, 1)))), 0)
-    e_width = np.where(inner, u * (20 + abs(math.log(2 / (V - 1))) + np.abs(log_w) + 6 * np.abs(width)), 0)
+    e_width = np.where(w < 1, 20 + abs(math.log(2 / (V - 1))) + np.abs(log_w), 13 * np.maximum(w, 1) / np.expm1(np.clip(w, 1, 700)))
+    e_width = np.where(inner, u * (e_width + 6 * np.abs(width)), 0)
     log_p = width - below - above
     e_p = e_width + sigmoid(a) * ea + sigmoid(-b) * eb + 14 * u * np.abs(log_p)
     pi = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
     log_pi = z - np.log(np.exp(z).sum(-1, keepdims=True))
-    e_pi = u * (np.abs(z) + average(pi, np.abs(z)) + K + 12 + 5 * math.log(K) + np.abs(log_pi))
+    e_pi = (K > 1) * u * (np.abs(z) + average(pi, np.abs(z)) + K + 12 + 5 * math.log(K) + np.abs(log_pi))
     joint = log_pi + log_p
     e_joint = e_pi + e_p + u * np.abs(joint)
     largest = joint.max(-1, keepdims=True)
@@ -118,7 +120,7 @@ def budget(params, targets, V, dtype):
     r /= r.sum(-1, keepdims=True)
     off = largest - joint
     e_r = np.expm1(e_joint + average(r, e_joint) + u * (off + average(r, off) + K + 14))
-    e_nll = average(r, e_joint) + u * (K + 10 + average(r, off) + 5 * math.log(K) + 4 * np.abs(nll))
+    e_nll = average(r, e_joint) + u * ((K > 1) * (K + 10) + average(r, off) + 5 * math.log(K) + 4 * np.abs(nll))
     tail = np.where(inner, w / np.expm1(np.minimum(w, 700)), 0)
     side = np.sign(a + b)
     pull = side * sigmoid(side * a) * sigmoid(side * b) * np.expm1(-np.abs(a + b))
@@ -177,6 +179,17 @@ def test_far_tails_and_narrow_bins_are_those_of_the_definition(t, mean, log_scal
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("log_scale", [-6.0, -7.0, -8.0, -9.0])
+def test_what_little_a_sure_level_costs_is_right_to_its_last_digits(dtype, log_scale):
+    for t, mean in ((0, -1.0), (1, -0.992), (166, 0.302), (255, 1.0)):
+        params, targets = np.array([[0, mean, log_scale]], dtype), np.array([t])
+        nll, _ = exact(params, targets, 256)
+        e_nll, _ = budget(params, targets, 256, dtype)
+        assert e_nll[0] < 1e-4 * nll[0] < 1e-4
+        assert_within(nats(params, targets, 256), nll, e_nll)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_a_logistic_without_width_is_a_step(dtype):
     """At a log-scale of -100, e^100 = 2.7e43; float32 ends at 3.4e38, and a quarter of that stands for it."""
     nll = lambda mean, t: float(logistic_mixture_forward(np.array([0, mean, -100], dtype), np.array(t), levels=256)[0])
@@ -198,9 +211,27 @@ def test_a_logistic_without_width_is_a_step(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_logistic_without_bounds_is_a_coin_for_the_two_ends(dtype):
-    for t in (0, 255):
-        loss, dparams = loss_and_gradient(np.array([0, 1, 100], dtype), np.array(t), 256)
-        assert abs(bits(float(loss)) - 1) <= 4 * unit_roundoff(dtype.name) and abs(float(dparams[2])) < 1e-40
+    """And a level between them has the width 2/255 e^-s of the density's maximum, 1/4, also where e^-s is no number of the dtype."""
+    u = unit_roundoff(dtype.name)
+    for log_scale in np.array([100, 1e4], dtype):
+        for t in (0, 255):
+            loss, dparams = loss_and_gradient(np.array([0, 1, log_scale], dtype), np.array(t), 256)
+            assert_within(bits(float(loss)), 1, 4 * u)
+            assert_within(dparams[2], 0, 1e-40)
+        loss, dparams = loss_and_gradient(np.array([0, 1, log_scale], dtype), np.array(128), 256)
+        nll = float(log_scale) + math.log(4 * 255 / 2)
+        assert_within(loss, nll, 4 * u * nll)
+        assert_within(dparams, [0, 0, 1], 4 * u + np.array([0, 1e-40, 0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_a_quarter_of_the_largest_number_stands_for_what_is_beyond_it(dtype):
+    largest = float(np.finfo(dtype).max)
+    for far in ([0, 0, largest], [0, largest, -50], [0, -largest, -largest]):
+        for n in (1, 3, 49):
+            loss, dparams = loss_and_gradient(np.tile(np.array(far, dtype), (n, 1)), np.full(n, 7), 256)
+            assert_within(loss, largest / 4, gamma(n + 2, dtype) * largest / 4)
+            assert np.isfinite(dparams).all()
 
 
 EXTREMES = [0.0, -0.0, 1.0, -1.0, 1 / 255, 100.0, -100.0, 88.0, -88.7, 103.9, -104.0, 1e4, -1e4, 710.0, -745.0, 1e-45, "max", "-max"]
