@@ -1,4 +1,6 @@
 """Losses: each forward returns a number and residuals, its backward turns the number's cotangent into that of the predictions."""
 from .cross_entropy import bits, cross_entropy_backward, cross_entropy_forward
+from .logistic_mixture import logistic_mixture_backward, logistic_mixture_forward, logistic_mixture_sample
 
-__all__ = ["bits", "cross_entropy_backward", "cross_entropy_forward"]
+__all__ = ["bits", "cross_entropy_backward", "cross_entropy_forward", "logistic_mixture_backward", "logistic_mixture_forward",
+           "logistic_mixture_sample"]

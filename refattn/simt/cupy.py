@@ -36,10 +36,10 @@ finfo = np.finfo
 
 # Names that CuPy shares with NumPy and that take and return arrays. cumulative_sum came with a later CuPy than 14.0.
 FUNCTIONS = frozenset("""
-    abs absolute add all any arange argmax argsort array broadcast_to clip concat concatenate cos cumsum divide empty_like equal exp eye
-    expand_dims flatnonzero flip full full_like isfinite isinf isnan log matmul max maximum min minimum moveaxis multiply negative ones
-    ones_like positive prod put_along_axis repeat reshape roll sin split sqrt square stack subtract sum swapaxes take take_along_axis tanh
-    transpose where zeros zeros_like
+    abs absolute add all any arange argmax argsort array broadcast_to clip concat concatenate cos cumsum divide empty_like equal exp
+    expand_dims expm1 eye flatnonzero flip floor full full_like isfinite isinf isnan log log1p matmul max maximum min minimum moveaxis
+    multiply negative ones ones_like positive prod put_along_axis repeat reshape roll sign sin split sqrt square stack subtract sum swapaxes
+    take take_along_axis tanh transpose where zeros zeros_like
 """.split())
 KEYWORDS = frozenset("a_max a_min axis axis1 axis2 copy dtype fill_value indices keepdims kind order out repeats shape shift start stop step".split())
 DTYPES = frozenset("?bhilqBHILQefdFD")      # and bfloat16
