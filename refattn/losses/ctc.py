@@ -123,16 +123,18 @@ def ctc_forward(logits: Array, targets: Array, *, frame_lengths: Any = None, tar
     possible = paths > NEVER / 2
     nll = xp.where(real, xp.log(total[..., 0]), xp.zeros((), work)).sum(-1, dtype=xp.float64) - xp.where(possible, paths, -np.inf)
     loss = (nll * share).sum(dtype=xp.float64)
-    return loss.astype(logits.dtype), (p, real, emissions, alpha, skip, end, xp.where(possible, paths, np.nan), xp.asarray(symbols), share,
-                                       logits.dtype)
+    share = xp.where(possible, share, np.nan)        # no path, no share of paths: the gradient is not to look like a number
+    return loss.astype(logits.dtype), (p, real, emissions, alpha, skip, end, xp.asarray(symbols), share.astype(work), logits.dtype)
 
 
 def ctc_backward(dloss: Any, residuals: Residuals) -> Array:
     """Transpose of `ctc_forward`, loss = -Σ_b s_b log Σ_π Π_n p_bn(π_n), s = w / Σ w.
 
-        dx_bnc = dloss · s_b (p_bn(c) - Σ_{s: symbol c} γ_bn(s))        γ_n(s) = exp(α_n(s) + β_n(s) - e_n(s)) / Σ_π Π_n exp(e_n(π_n))
+        dx_bnc = dloss · s_b (p_bn(c) - Σ_{s: symbol c} γ_bn(s))        γ_n(s) = exp h_n(s) / Σ_s' exp h_n(s')        h = α + β - e
 
     softmax minus posterior: γ_n(s) is the share of the paths that are in state s at frame n. β is α with frames and states read backwards.
+    exp h_n sums to the same at every frame, P up to the softmax's totals; taken anew at each frame it is free of what rounding did to α and β
+    all along, and every frame's gradient sums to 0.
 
     Parameters
     ----------
@@ -152,17 +154,20 @@ def ctc_backward(dloss: Any, residuals: Residuals) -> Array:
     >>> ctc_backward(1.0, residuals).round(6).tolist()
     [[[0.166667, -0.166667], [0.166667, -0.166667]]]
     """
-    p, real, emissions, alpha, skip, end, paths, symbols, share, dtype = residuals
+    p, real, emissions, alpha, skip, end, symbols, share, dtype = residuals
     xp = namespace(p=p)
     (B, N, V), S = p.shape, symbols.shape[1]
     # Backwards, state s is reached from s + 2 where forwards s + 2 is from s.
     beta = _log_sums(xp, emissions[::-1, ::-1], xp.roll(skip[::-1], 2), B * S - 1 - end)[::-1, ::-1]
-    shares = alpha[:N] + beta[:N]
-    shares -= emissions[:N]
-    shares -= xp.repeat(paths, S)
-    xp.exp(shares, out=shares)
+    h = alpha[:N] + beta[:N]
+    h -= emissions[:N]
+    h = h.reshape(N, B, S)
+    h -= h.max(-1, keepdims=True)
+    xp.exp(h, out=h)
     states = (symbols[..., None] == xp.arange(V)).astype(p.dtype)
-    dlogits = p - shares.reshape(N, B, S).swapaxes(0, 1) @ states
+    dlogits = h.swapaxes(0, 1) @ states
+    dlogits /= -h.sum(-1).T[..., None]
+    dlogits += p
     dlogits *= (share * share.dtype.type(dloss))[:, None, None]
     return keep_real(xp, real, dlogits).astype(dtype, copy=False)
 
