@@ -11,42 +11,34 @@ interrupted the machine is. A checkpoint holds all that the next update depends 
 """
 from __future__ import annotations
 
-import argparse
-import importlib.util
-import io
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import oracle
-from ._array import missing_extra
 from ._blocks import cores
 from .attention import causal_linear_attention, causal_linear_attention_step, linear_attention
 from .causal import (causal_chunked_backward, causal_chunked_forward, causal_masked_backward, causal_masked_forward, causal_scan_backward,
                      causal_scan_forward, causal_step)
-from .checkpoint import checkpoint_load, checkpoint_save, replace_file
+from .experiment import (EXTRAS, Params, Task, Training, arguments, epoch_part, figure_save, require_extras, train,
+                         training_open)
 from .generate import generate, generate_recomputed
 from .losses import bits, cross_entropy_backward, cross_entropy_forward
-from .optim import AdamSlots, adam_init, clip_by_global_norm, cosine_rate, radam_step, warm_up
+from .optim import AdamSlots, clip_by_global_norm, cosine_rate, radam_step, warm_up
 from .softmax import softmax_attention, softmax_step
 from .testing import budgets
 from .transformer import Config, transformer_backward, transformer_forward, transformer_init, transformer_step, transformer_step_init
-
-Params = dict[str, np.ndarray]
-
-EXTRAS = {"sklearn": "scikit-learn", "safetensors": "safetensors", "tqdm": "tqdm", "matplotlib": "matplotlib"}
 
 LEVELS, SIDE = 17, 8
 PIXELS = SIDE * SIDE
 ANY = 10
 HELD_OUT = 297
 UPDATES_PER_MINUTE = 400          # on two ordinary cores
-CHECKPOINT_SECONDS = 5.0
 TEMPERATURE = 0.8                 # what is drawn is a little surer than the model is: fewer stray pixels
 
 
@@ -71,28 +63,15 @@ class Plan(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code: 0 done, 1 wrong (said on stderr), 130 interrupted (the same command goes on)."""
-    parser = argparse.ArgumentParser("python -m refattn demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=os.path.join("out", "demo"), metavar="FOLDER",
-                        help="where the checkpoint and the picture go (default: %(default)s)")
-    parser.add_argument("--minutes", type=_minutes, default=2.0, metavar="M",
-                        help=f"training budget, counted as {UPDATES_PER_MINUTE} updates a minute on every machine (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S",
-                        help="of the weights, the order of the images and what is drawn (default: %(default)s)")
-    parser.add_argument("--smoke", action="store_true",
-                        help="a tiny model and a few updates, to see that everything runs: takes seconds, draws noise")
-    chosen = parser.parse_args(argv)
-    if chosen.seed < 0:
-        parser.error(f"--seed: expected an integer ≥ 0, got {chosen.seed}")
+    chosen = arguments(__doc__, prog="python -m refattn demo", out=os.path.join("out", "demo"), minutes=2.0,
+                       budget=f"training budget, counted as {UPDATES_PER_MINUTE} updates a minute on every machine").parse_args(argv)
     plan = (Plan(chosen.seed, updates=12, batch=20, warm_up=2, width=16, heads=2, layers=2) if chosen.smoke else
             Plan(chosen.seed, updates=max(round(chosen.minutes * UPDATES_PER_MINUTE), 1)))
-    for module, package in EXTRAS.items():              # now, not after two minutes of training
-        if importlib.util.find_spec(module) is None:
-            raise missing_extra(package, "demo")
+    require_extras(*EXTRAS)
     scans = digits_load()
     path = os.path.join(chosen.out, "checkpoint.safetensors")
     try:
-        os.makedirs(chosen.out, exist_ok=True)
-        start = training_load(path, plan) if os.path.exists(path) else train_init(plan, len(scans.train))
+        start = training_open(path, digits_task(plan, scans.train, scans.train_digit), lambda: params_init(plan))
     except (OSError, ValueError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
@@ -121,7 +100,7 @@ def demo(out: str, checkpoint: str, plan: Plan, scans: Scans, start: Training, *
     weights = sum(x.size for x in start.params.values())
     _say(f"\n2. Training: a causal linear transformer: {plan.layers} layers, width {plan.width}, {plan.heads} heads, {weights:,} weights,\n"
          f"   float32; {plan.updates} updates of {plan.batch} images (a fixed number: an interrupted run ends with the same weights)\n")
-    state = train(checkpoint, plan, scans, start)
+    state = train_digits(checkpoint, plan, scans, start)
     _say("\n" + bits_table(state.params, config, scans))
     _say(f"   trained in {state.seconds:.0f} s, interruptions left out")
 
@@ -138,13 +117,6 @@ def demo(out: str, checkpoint: str, plan: Plan, scans: Scans, start: Training, *
 
 def _say(line: str) -> None:
     print(line, flush=True)
-
-
-def _minutes(text: str) -> float:
-    minutes = float(text)
-    if not 0 < minutes < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a positive number of minutes, got {text}")
-    return minutes
 
 
 # --- the data --------------------------------------------------------------------------------------------------------------------------
@@ -284,112 +256,49 @@ def _compare(form: str, actual: Sequence[np.ndarray], expected: Sequence[np.ndar
 
 # --- 2: training, interrupted at any moment --------------------------------------------------------------------------------------------
 
-class Training(NamedTuple):
-    """All that the next update depends on, and what is worth telling. A value: `train_step` returns the next one."""
-
-    params: Params
-    slots: AdamSlots
-    order: np.ndarray                 # the images of this epoch, shuffled
-    position: int                     # how many of them are used
-    rng: Mapping[str, Any]            # the state of the generator that shuffles
-    update: int
-    seconds: float                    # spent on updates so far, over all runs
-    history: list[dict[str, float]]
-
-
-def train_init(plan: Plan, images: int) -> Training:
-    """The state before the first update.
+def params_init(plan: Plan) -> Params:
+    """What training starts from.
 
     Tokens and positions start five times smaller than `transformer_init` makes them: from so few images the model then learns more of what
     pixels have in common, and less by heart (about 1.90 instead of 1.95 bits per held-out pixel).
     """
     params = transformer_init(np.random.default_rng(plan.seed), plan.config())
-    for name in ("token.weight", "positions.weight"):
-        params[name] = params[name] / 5
-    rng = np.random.default_rng([plan.seed, 1])
-    return Training(params, adam_init(params), rng.permutation(images), 0, rng.bit_generator.state, 0, 0.0, [])
+    return params | {name: params[name] / 5 for name in ("token.weight", "positions.weight")}
 
 
-def train_step(state: Training, images: np.ndarray, digit: np.ndarray, plan: Plan) -> tuple[Training, float]:
-    """One update on the next `plan.batch` images; returns the state after it and the loss before it, in bits per pixel.
+def digits_task(plan: Plan, images: np.ndarray, digit: np.ndarray) -> Task:
+    """Every other image comes with its digit, so that one model learns to draw what it is asked for and to go on without being told."""
+    def batch(update: int) -> tuple[np.ndarray, np.ndarray]:
+        chosen = epoch_part(update, plan.batch, len(images), plan.seed)
+        return images[chosen], np.where(np.arange(plan.batch) % 2, ANY, digit[chosen])
 
-    Every other image comes with its digit, so that one model learns to draw what it is asked for and to go on without being told.
-    """
-    order, position, rng = state.order, state.position, state.rng
-    if position + plan.batch > len(order):              # the few that are left over have their turn in another epoch
-        shuffler = np.random.default_rng()
-        shuffler.bit_generator.state = rng
-        order, position, rng = shuffler.permutation(len(order)), 0, shuffler.bit_generator.state
-    chosen = order[position: position + plan.batch]
-    batch, told = images[chosen], np.where(np.arange(plan.batch) % 2, ANY, digit[chosen])
-    logits, residuals = transformer_forward(state.params, shift(batch, told), plan.config())
-    loss, r_loss = cross_entropy_forward(logits, batch)
-    grads, _ = clip_by_global_norm(transformer_backward(cross_entropy_backward(1.0, r_loss), residuals), plan.clip)
-    rate = warm_up(state.update, plan.warm_up) * cosine_rate(state.update, plan.learning_rate, plan.updates)
-    params, slots = radam_step(state.params, grads, state.slots, learning_rate=rate, weight_decay=plan.weight_decay)
-    state = state._replace(params=params, slots=slots, order=order, position=position + plan.batch, rng=rng, update=state.update + 1)
-    return state, float(bits(loss))
+    def loss_and_grads(params: Params, batch: tuple[np.ndarray, np.ndarray]) -> tuple[float, Params]:
+        logits, residuals = transformer_forward(params, shift(*batch), plan.config())
+        loss, r_loss = cross_entropy_forward(logits, batch[0])
+        return float(loss), transformer_backward(cross_entropy_backward(1.0, r_loss), residuals)
+
+    def optimize(params: Params, grads: Params, slots: AdamSlots, update: int) -> tuple[Params, AdamSlots]:
+        rate = warm_up(update, plan.warm_up) * cosine_rate(update, plan.learning_rate, plan.updates)
+        return radam_step(params, clip_by_global_norm(grads, plan.clip)[0], slots, learning_rate=rate, weight_decay=plan.weight_decay)
+
+    return Task(plan._asdict(), batch, loss_and_grads, optimize)
 
 
-def training_save(path: str, state: Training, plan: Plan) -> None:
-    """One file: every array by name, the rest as its record."""
-    parts = {"params": state.params, "mean": state.slots.mean, "square": state.slots.square}
-    arrays = {f"{part}/{name}": x for part, named in parts.items() for name, x in named.items()}
-    record = {"plan": plan._asdict(), "steps": state.slots.steps, "position": state.position, "rng": state.rng, "update": state.update,
-              "seconds": state.seconds, "history": state.history}
-    checkpoint_save(path, {"order": state.order, **arrays}, record)
-
-
-def training_load(path: str, plan: Plan) -> Training:
-    """What `training_save` wrote; ValueError if it was written under another plan."""
-    arrays, record = checkpoint_load(path)
-    theirs = record.get("plan", {})
-    other = [f"{name} = {theirs.get(name)} (now {value})" for name, value in plan._asdict().items() if theirs.get(name) != value]
-    if other:
-        raise ValueError(f"{path}: a training with {', '.join(other)}; ask for the same, name another folder by --out, or delete it")
-
-    def named(part: str) -> Params:
-        return {name.removeprefix(part): x for name, x in arrays.items() if name.startswith(part)}
-
-    return Training(named("params/"), AdamSlots(record["steps"], named("mean/"), named("square/")), arrays["order"], record["position"],
-                    record["rng"], record["update"], record["seconds"], record["history"])
-
-
-def train(path: str, plan: Plan, scans: Scans, state: Training) -> Training:
-    """From `state` to the last update of the plan, saving to `path` every few seconds, at the end and when interrupted."""
-    from tqdm import tqdm
-
+def train_digits(path: str, plan: Plan, scans: Scans, state: Training) -> Training:
+    """From `state` to the last update of the plan; tells its bits eight times on the way."""
     _say(f"   {'update':>6}  {'seconds':>7}  {'training':>8}  {'held out':>8}   bits per pixel")
     for row in state.history:
         _say(_history_row(row))
     if state.update:
         _say(f"   {path}: going on from update {state.update}" if state.update < plan.updates else f"   {path}: trained already")
-    shown = {round(plan.updates * part / 8) for part in range(1, 9)}
-    saved = time.perf_counter()
-    loss = None
-    with tqdm(total=plan.updates, initial=state.update, desc="   training", unit="update", disable=None, leave=False) as bar:
-        try:
-            while state.update < plan.updates:
-                start = time.perf_counter()
-                new, now = train_step(state, scans.train, scans.train_digit, plan)
-                new = new._replace(seconds=new.seconds + time.perf_counter() - start)
-                loss = now if loss is None else 0.95 * loss + 0.05 * now
-                bar.set_postfix_str(f"{loss:.3f} bits per pixel", refresh=False)
-                bar.update()
-                if new.update in shown:
-                    seen, held_out = (bits_per_pixel(new.params, x, plan.config()) for x in (scans.train[:HELD_OUT], scans.test))
-                    row = {"update": new.update, "seconds": new.seconds, "training": seen, "held out": held_out}
-                    new = new._replace(history=[*new.history, row])
-                    with tqdm.external_write_mode():
-                        _say(_history_row(row))
-                state = new
-                if time.perf_counter() - saved > CHECKPOINT_SECONDS or state.update == plan.updates:
-                    training_save(path, state, plan)
-                    saved = time.perf_counter()
-        except KeyboardInterrupt:           # `state` is whole at any moment: the update that was cut short is not in it
-            training_save(path, state, plan)
-            raise
-    return state
+
+    def measure(params: Params) -> dict[str, float]:
+        seen, held_out = (bits_per_pixel(params, x, plan.config()) for x in (scans.train[:HELD_OUT], scans.test))
+        return {"training": seen, "held out": held_out}
+
+    return train(path, digits_task(plan, scans.train, scans.train_digit), state, updates=plan.updates, measure=measure,
+                 measured={round(plan.updates * part / 8) for part in range(1, 9)}.__contains__, show=lambda row: _say(_history_row(row)),
+                 loss=lambda nats: f"{bits(nats):.3f} bits per pixel")
 
 
 def _history_row(row: dict[str, float]) -> str:
@@ -461,9 +370,7 @@ def _figure(path: str, drawn: np.ndarray, completions: dict[str, np.ndarray]) ->
         axes.tick_params(length=0, labeltop=True, labelbottom=False)
         axes.spines[:].set_visible(False)
         axes.set_title(title, fontsize=11)
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
-    replace_file(path, data.getvalue())
+    figure_save(path, figure)
 
 
 def _middle(i: int) -> float:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from ._array import check_number
-from .layers import Params
-from .transformer import Config, transformer_prefill, transformer_step
+from .layers import Params, attention_rounds
+from .transformer import Config, transformer_forward, transformer_prefill, transformer_step
 
 
 def generate(params: Params, config: Config, prompt: np.ndarray, count: int, rng: np.random.Generator, *,
@@ -72,6 +72,7 @@ def generate_recomputed(params: Params, config: Config, prompt: np.ndarray, coun
     So were the `softmax` rows of the paper's tables 1 and 2 timed.
 
     Parameters, returns and errors are those of `generate`; from one seed both draw the same tokens, unless rounding decides between two.
+    LSH attention, which `generate` refuses, is hashed anew for each token, by rotations drawn from `rng`.
 
     Notes
     -----
@@ -87,7 +88,9 @@ def generate_recomputed(params: Params, config: Config, prompt: np.ndarray, coun
     """
     tokens, P = _room(config, prompt, count), prompt.shape[1]
     for position in range(P, P + count):
-        logits, _ = transformer_prefill(params, tokens[:, :position], config)
+        prefix = tokens[:, :position]
+        logits, _ = (transformer_forward(params, prefix, config, rng=rng) if attention_rounds(config.attention) else
+                     transformer_prefill(params, prefix, config))
         tokens[:, position] = sample(logits[:, -1], rng, temperature=temperature)
     return tokens
 

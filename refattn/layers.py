@@ -7,6 +7,7 @@
     gelu, relu    y = f(x), elementwise
     feed-forward  y = f(x W_in + b_in) W_out + b_out
     attention     y = merge(attend(split(x W_q), split(x W_k), split(x W_v))) W_out + b_out        (eq. 2-12 of the paper, per head)
+                  attention is "linear", "softmax" or "lsh-R", the Reformer's with R rounds of hashing, whose queries are its keys
 
 Axes   ... any leading axes (batch) · N positions · E model width · F inner width · H heads · D = E/H features of a head · V vocabulary
 
@@ -18,6 +19,7 @@ inside each layer, and rounded once on the way out of it.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,6 +28,7 @@ import numpy as np
 from ._array import Array, accumulator, check_dtypes, check_lengths, check_number, check_positive, check_shape, dtype_name, namespace
 from ._blocks import blocks, over_heads
 from .attention import causal_linear_attention, causal_linear_attention_step, linear_attention_vjp
+from .lsh import lsh_backward, lsh_buckets, lsh_forward, lsh_rotations
 from .softmax import softmax_attention_vjp, softmax_prefill, softmax_step
 
 Params = Mapping[str, Array]
@@ -34,6 +37,7 @@ Residuals = tuple[Any, ...]
 
 _PIECE = 1 << 14       # elements of an elementwise pass: a few temporaries of that many still fit the second-level cache
 _BLOCK, _BLOCKS = 1024, 8      # a product over many rows is cut into blocks of at least 1024 rows, but at most 8 of them
+LSH_BUCKETS, LSH_CHUNK = 64, 32          # the paper's, whatever the length
 _GELU_A = 0.044715
 _GELU_C = math.sqrt(2 / math.pi)
 
@@ -541,32 +545,56 @@ def feed_forward_backward(dout: Array, residuals: Residuals) -> tuple[Array, Gra
 
 # --- attention ---------------------------------------------------------------------------------------------------------------------------
 
-_QKV = ("query", "key", "value")
+def attention_rounds(attention: Any) -> int:
+    """R of "lsh-R"; 0 for "linear" and "softmax". ValueError for anything else.
+
+    >>> attention_rounds("lsh-4"), attention_rounds("linear")
+    (4, 0)
+    """
+    if attention in ("linear", "softmax"):
+        return 0
+    if not re.fullmatch("lsh-[1-9][0-9]*", str(attention)):
+        raise ValueError(f"attention: expected 'linear', 'softmax' or 'lsh-R' with R ≥ 1 rounds, as in 'lsh-4', got {attention!r}")
+    return int(attention.removeprefix("lsh-"))
+
+
+def attention_inputs(attention: str) -> tuple[str, ...]:
+    """The projections that attention reads, by name. Those of LSH attention: the query is the key too.
+
+    >>> attention_inputs("linear"), attention_inputs("lsh-1")
+    (('query', 'key', 'value'), ('query', 'value'))
+    """
+    return ("query", "value") if attention_rounds(attention) else ("query", "key", "value")
 
 
 def attention_forward(params: Params, name: str, x: Array, *, heads: int, attention: str = "linear", feature_map: str = "elu1",
-                      causal: bool = False, lengths: Any = None) -> tuple[Array, Residuals]:
-    """Multi-head self-attention, linear or softmax.
+                      causal: bool = False, lengths: Any = None, rng: np.random.Generator | None = None) -> tuple[Array, Residuals]:
+    """Multi-head self-attention.
 
         q, k, v = split(x W_q + b_q), split(x W_k + b_k), split(x W_v + b_v)        split: (..., N, E) → (..., H, N, D), D = E/H
         y = merge(attend(q, k, v)) W_out + b_out                                    eq. 2 or eq. 5, 9 of the paper, per head
 
-    The three projections are one product with the three weights side by side, and so is each product of the backward.
+    LSH attention has no W_k: q is x of `refattn.lsh`. The projections are one product with the weights side by side, and so is each product
+    of the backward.
 
     Parameters
     ----------
     params : dict
-        Holds `.weight` (E, E) and `.bias` (E,) of `{name}.query`, `{name}.key`, `{name}.value`, `{name}.out`.
+        Holds `.weight` (E, E) and `.bias` (E,) of `{name}.query`, `{name}.key` (not with "lsh-R"), `{name}.value`, `{name}.out`.
     x : (..., N, E)
     heads : int
         H, a divisor of E.
-    attention : "linear" or "softmax"
+    attention : "linear", "softmax" or "lsh-R"
+        R rounds of hashing into 64 buckets, sorted and cut into chunks of 32, as in the paper. NumPy arrays only.
     feature_map : str
         φ of linear attention.
     causal : bool
-        Position i sees positions ≤ i only.
+        Position i sees positions ≤ i only, or < i with "lsh-R". There the hashes of later ones still decide which of the earlier ones share
+        a chunk with i.
     lengths : integers (...), optional
         How many positions of each sequence are real. Padded rows of y are zeros, and whatever padding holds (NaN too) reaches nothing.
+    rng : numpy.random.Generator, optional
+        Needed by "lsh-R" and by nothing else: its rotations are drawn from it, the same for all sequences and heads.
 
     Returns
     -------
@@ -577,11 +605,12 @@ def attention_forward(params: Params, name: str, x: Array, *, heads: int, attent
     Raises
     ------
     ValueError
-        `heads: expected a divisor of E = 8, got 3`; `attention: expected 'linear' or 'softmax', got 'lsh'`; a missing key of params.
+        `heads: expected a divisor of E = 8, got 3`; `attention: expected 'linear', 'softmax' or 'lsh-R' …`; `rng: expected …`; a missing key
+        of params.
 
     Notes
     -----
-    8·N·E² flops for the projections; attention itself takes time N·E·D (linear) or N²·E (softmax).
+    8·N·E² flops for the projections, 6·N·E² with "lsh-R"; attention itself takes time N·E·D (linear), N²·E (softmax) or R·N·E (LSH).
 
     Examples
     --------
@@ -595,16 +624,20 @@ def attention_forward(params: Params, name: str, x: Array, *, heads: int, attent
     _check_attention(x, heads, attention, "(..., N, E)", 2)
     real = real_positions(xp, "lengths", lengths, x.shape[:-1])
     x = keep_real(xp, real, x)
-    weights, biases = zip(*(affine_params(params, f"{name}.{part}") for part in _QKV), strict=True)
+    inputs, rounds = attention_inputs(attention), attention_rounds(attention)
+    weights, biases = zip(*(affine_params(params, f"{name}.{part}") for part in inputs), strict=True)
     projected, r_in = affine_forward(x, xp.concatenate(weights, axis=1), xp.concatenate(biases))
-    q, k, v = _split(projected, heads)
+    qkv = _split(projected, heads, len(inputs))
     options = {"causal": causal, "query_lengths": lengths, "key_lengths": lengths}
-    if attention == "linear":
-        mixed, pullback = linear_attention_vjp(q, k, v, feature_map=feature_map, **options)
+    pullback: Callable[..., Any]
+    if rounds:
+        mixed, pullback = _lsh_vjp(*qkv, rounds=rounds, causal=causal, lengths=lengths, real=real, rng=rng)
+    elif attention == "linear":
+        mixed, pullback = linear_attention_vjp(*qkv, feature_map=feature_map, **options)
     else:
-        mixed, pullback = softmax_attention_vjp(q, k, v, **options)
+        mixed, pullback = softmax_attention_vjp(*qkv, **options)
     out, r_out = affine_forward(_merge(mixed), *affine_params(params, f"{name}.out"))
-    return keep_real(xp, real, out), (name, heads, real, r_in, pullback, r_out)
+    return keep_real(xp, real, out), (name, inputs, heads, real, r_in, pullback, r_out)
 
 
 def attention_backward(dout: Array, residuals: Residuals) -> tuple[Array, Grads]:
@@ -621,18 +654,39 @@ def attention_backward(dout: Array, residuals: Residuals) -> tuple[Array, Grads]
     grads : dict
         Under the keys that the forward read.
     """
-    name, heads, real, r_in, pullback, r_out = residuals
-    xp = namespace(dout=dout)
+    name, inputs, heads, real, r_in, pullback, r_out = residuals
+    xp, parts = namespace(dout=dout), len(inputs)
     grads: Grads = {}
     dmerged, grads[f"{name}.out.weight"], grads[f"{name}.out.bias"] = affine_backward(keep_real(xp, real, dout), r_out)
     dmixed, = _split(dmerged, heads, 1)
-    dprojected = xp.empty((*dmerged.shape[:-1], 3 * dmerged.shape[-1]), dmerged.dtype)
-    for into, d in zip(_split(dprojected, heads), pullback(dmixed), strict=True):
+    dprojected = xp.empty((*dmerged.shape[:-1], parts * dmerged.shape[-1]), dmerged.dtype)
+    for into, d in zip(_split(dprojected, heads, parts), pullback(dmixed), strict=True):
         into[...] = d
     dx, dweight, dbias = affine_backward(dprojected, r_in)
-    for part, dw, db in zip(_QKV, xp.split(dweight, 3, axis=1), xp.split(dbias, 3), strict=True):
+    for part, dw, db in zip(inputs, xp.split(dweight, parts, axis=1), xp.split(dbias, parts), strict=True):
         grads[f"{name}.{part}.weight"], grads[f"{name}.{part}.bias"] = dw, db
     return dx, grads
+
+
+def _lsh_vjp(x: np.ndarray, v: np.ndarray, *, rounds: int, causal: bool, lengths: Any, real: np.ndarray | None,
+             rng: np.random.Generator | None) -> tuple[np.ndarray, Callable[..., Any]]:
+    if rng is None:
+        raise ValueError(f"rng: expected a numpy.random.Generator, got None; attention 'lsh-{rounds}' draws its rotations from it")
+    rotations = lsh_rotations(rng, rounds, x.shape[-1], LSH_BUCKETS).astype(accumulator(x.dtype))
+    buckets = lsh_buckets(x, rotations)
+    if real is not None:                            # padding is sorted behind all that is real, and so moves no border of a chunk
+        buckets = np.where(real[..., None, None, :], buckets, LSH_BUCKETS)
+        lengths = np.broadcast_to(np.asarray(lengths)[..., None], x.shape[:-2])
+    out, residuals = lsh_forward(x, v, buckets, causal=causal, chunk=LSH_CHUNK, lengths=lengths)
+    return out, lambda dout: lsh_backward(dout, residuals)
+
+
+def recurrent_inputs(attention: str) -> tuple[str, ...]:
+    """`attention_inputs` where attention can go on from a state; ValueError for LSH attention."""
+    if attention_rounds(attention):
+        raise ValueError(f"attention: expected 'linear' or 'softmax', got {attention!r}, which sorts whole sequences and has no state to go on "
+                         "from; read the whole prefix each time, as generate_recomputed does")
+    return attention_inputs(attention)
 
 
 def attention_prefill(params: Params, name: str, x: Array, *, heads: int, attention: str = "linear",
@@ -642,7 +696,7 @@ def attention_prefill(params: Params, name: str, x: Array, *, heads: int, attent
     Parameters
     ----------
     params, name, x, heads, attention, feature_map
-        As in `attention_forward`; no padding.
+        As in `attention_forward`; no padding, and not "lsh-R", which sorts whole sequences and so has no state.
 
     Returns
     -------
@@ -659,7 +713,7 @@ def attention_prefill(params: Params, name: str, x: Array, *, heads: int, attent
     [[6.0, 6.0]]
     """
     _check_attention(x, heads, attention, "(..., N, E)", 2)
-    q, k, v = (_split(affine_forward(x, *affine_params(params, f"{name}.{part}"))[0], heads, 1)[0] for part in _QKV)
+    q, k, v = (_split(affine_forward(x, *affine_params(params, f"{name}.{part}"))[0], heads, 1)[0] for part in recurrent_inputs(attention))
     state: Any
     if attention == "linear":
         mixed, state = causal_linear_attention(q, k, v, feature_map=feature_map)
@@ -691,6 +745,7 @@ def attention_init(lead: tuple[int, ...], width: int, dtype: Any = np.float32, *
     """
     nothing = np.zeros((*lead, 0, width), dtype)
     _check_attention(nothing, heads, attention, "(..., N, E)", 2)
+    recurrent_inputs(attention)
     x, = _split(nothing, heads, 1)
     return causal_linear_attention(x, x, x, feature_map=feature_map)[1] if attention == "linear" else softmax_prefill(x, x, x)[1]
 
@@ -722,7 +777,7 @@ def attention_step(params: Params, name: str, x_t: Array, state: Any = None, *, 
     """
     _check_attention(x_t, heads, attention, "(..., E)", 1)
     shape = (*x_t.shape[:-1], heads, x_t.shape[-1] // heads)
-    q, k, v = (affine_forward(x_t, *affine_params(params, f"{name}.{part}"))[0].reshape(shape) for part in _QKV)
+    q, k, v = (affine_forward(x_t, *affine_params(params, f"{name}.{part}"))[0].reshape(shape) for part in recurrent_inputs(attention))
     if attention == "linear":
         mixed, state = causal_linear_attention_step(q, k, v, state, feature_map=feature_map)
     else:
@@ -792,7 +847,7 @@ def _row_mean(xp: Any, x: Array) -> Array:
     return (x @ xp.ones((x.shape[-1], 1), x.dtype)) / max(x.shape[-1], 1)
 
 
-def _split(x: Array, heads: int, parts: int = 3) -> list[Array]:
+def _split(x: Array, heads: int, parts: int) -> list[Array]:
     """(..., N, parts·E) as `parts` views (..., H, N, D)."""
     x = x.reshape(*x.shape[:-1], parts, heads, x.shape[-1] // (parts * heads))
     return [x[..., part, :, :].swapaxes(-3, -2) for part in range(parts)]
@@ -843,6 +898,6 @@ def _check_features(name: str, x: Array) -> None:
 def _check_attention(x: Array, heads: int, attention: str, axes: str, least: int) -> None:
     if x.ndim < least:
         raise ValueError(f"x: expected {axes}, got {tuple(x.shape)}")
-    check_choice("attention", attention, ("linear", "softmax"))
+    attention_rounds(attention)
     if x.shape[-1] % check_positive("heads", heads):
         raise ValueError(f"heads: expected a divisor of E = {x.shape[-1]}, got {heads}")

@@ -34,7 +34,7 @@ class Config(NamedTuple):
 
     vocabulary, length : V tokens; at most `length` positions (learned positions only, sinusoidal ones have no end)
     width, heads, layers, feed_forward : E, H (a divisor of E), the number of blocks, the inner width of their feed-forward
-    attention : "linear" or "softmax";  feature_map : φ of linear attention
+    attention : "linear", "softmax" or "lsh-R", the Reformer's with R rounds of hashing;  feature_map : φ of linear attention
     norm : "pre" or "post";  causal : position i sees positions ≤ i only
     positions : "learned" or "sinusoidal";  activation : "gelu" or "relu"
     """
@@ -81,7 +81,6 @@ def transformer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         check_positive(name, getattr(config, name))
     if config.width % config.heads:
         raise ValueError(f"heads: expected a divisor of width = {config.width}, got {config.heads}")
-    check_choice("attention", config.attention, ("linear", "softmax"))
     check_choice("norm", config.norm, ("pre", "post"))
     check_choice("positions", config.positions, ("learned", "sinusoidal"))
     check_choice("activation", config.activation, tuple(layers.ACTIVATIONS))
@@ -91,7 +90,7 @@ def transformer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         shapes["positions.weight"] = (config.length, E)
     for i in range(config.layers):
         shapes |= _affine_shapes(f"blocks.{i}.attention.norm", E)
-        for part in ("query", "key", "value", "out"):
+        for part in (*layers.attention_inputs(config.attention), "out"):
             shapes |= _affine_shapes(f"blocks.{i}.attention.{part}", E, E)
         shapes |= _affine_shapes(f"blocks.{i}.feed_forward.norm", E)
         shapes |= _affine_shapes(f"blocks.{i}.feed_forward.in", E, F) | _affine_shapes(f"blocks.{i}.feed_forward.out", F, E)
@@ -139,7 +138,8 @@ def transformer_init(rng: np.random.Generator, config: Config, dtype: Any = np.f
 
 # --- whole sequences ---------------------------------------------------------------------------------------------------------------------
 
-def transformer_forward(params: Params, tokens: Array, config: Config, *, lengths: Any = None) -> tuple[Array, Residuals]:
+def transformer_forward(params: Params, tokens: Array, config: Config, *, lengths: Any = None,
+                        rng: np.random.Generator | None = None) -> tuple[Array, Residuals]:
     """Logits for every position of whole sequences.
 
     Parameters
@@ -150,11 +150,15 @@ def transformer_forward(params: Params, tokens: Array, config: Config, *, length
     config : Config
     lengths : integers (...), optional
         How many positions of each sequence are real. Logits of the others are zeros; what tokens stand there does not matter.
+    rng : numpy.random.Generator, optional
+        Needed by attention "lsh-R" and by nothing else: each layer draws its rotations from it. To hash anew in each update, and the same
+        again after an interruption, give update i `numpy.random.default_rng([seed, i])`.
 
     Returns
     -------
     logits : (..., N, V)
-        In the parameters' dtype. With `causal`, position i predicts what follows it from the tokens ≤ i.
+        In the parameters' dtype. With `causal`, position i predicts what follows it from the tokens ≤ i. With "lsh-R" later tokens still
+        have a say in which of those share a chunk with i.
     residuals : tuple
         For `transformer_backward`.
 
@@ -162,7 +166,7 @@ def transformer_forward(params: Params, tokens: Array, config: Config, *, length
     ------
     ValueError
         `params: expected 'head.bias' = (10,), got (8,): …`, missing or foreign keys; `tokens: expected 0 ≤ token < V = 10, …`;
-        more positions than `config.length` with learned positions.
+        more positions than `config.length` with learned positions; `rng: expected a numpy.random.Generator, got None; …`.
     TypeError
         Parameters of several dtypes; tokens that are not integers.
 
@@ -189,7 +193,7 @@ def transformer_forward(params: Params, tokens: Array, config: Config, *, length
     for i in range(config.layers):
         name = f"blocks.{i}.attention"
         x, r_attention = _around_forward(params, name, x, config, lambda y, name=name: layers.attention_forward(  # type: ignore[misc]
-            params, name, y, causal=config.causal, lengths=lengths, **_heads(config)))
+            params, name, y, causal=config.causal, lengths=lengths, rng=rng, **_heads(config)))
         name = f"blocks.{i}.feed_forward"
         x, r_feed_forward = _around_forward(params, name, x, config, lambda y, name=name: layers.feed_forward_forward(  # type: ignore[misc]
             params, name, y, activation=config.activation))
@@ -265,7 +269,7 @@ def transformer_prefill(params: Params, tokens: Array, config: Config) -> tuple[
     Raises
     ------
     ValueError
-        `config: expected causal=True, …`, and those of `transformer_forward`.
+        `config: expected causal=True, …`; `attention: expected 'linear' or 'softmax', got 'lsh-4', …`; those of `transformer_forward`.
 
     Examples
     --------
@@ -276,7 +280,7 @@ def transformer_prefill(params: Params, tokens: Array, config: Config) -> tuple[
     3
     """
     _check_params(params, config)
-    _check_causal(config)
+    _check_recurrent(config)
     _check_tokens(tokens, 1, "(..., N)")
     x, _ = layers.embedding_forward(tokens, params["token.weight"])
     x, _ = _positions_forward(params, x, config, 0)
@@ -307,7 +311,7 @@ def transformer_step_init(config: Config, batch: int, dtype: Any = np.float32) -
     (0, 3, (5, 2, 4, 4))
     """
     transformer_shapes(config)
-    _check_causal(config)
+    _check_recurrent(config)
     return TransformerState(0, tuple(layers.attention_init((batch,), config.width, dtype, **_heads(config)) for _ in range(config.layers)))
 
 
@@ -340,7 +344,7 @@ def transformer_step(params: Params, token_t: Array, state: TransformerState, co
     >>> logits_t.shape, state.position
     ((1, 10), 1)
     """
-    _check_causal(config)
+    _check_recurrent(config)
     if len(state.layers) != config.layers:
         raise ValueError(f"state: expected the states of layers = {config.layers} layers, got {len(state.layers)}; make it with this "
                          "config")
@@ -433,6 +437,7 @@ def _check_tokens(tokens: Array, least: int, axes: str) -> None:
         raise ValueError(f"tokens: expected {axes}, got {tuple(tokens.shape)}")
 
 
-def _check_causal(config: Config) -> None:
+def _check_recurrent(config: Config) -> None:
+    layers.recurrent_inputs(config.attention)
     if not config.causal:
         raise ValueError("config: expected causal=True, got causal=False: only a causal model can be read as a recurrence")

@@ -3,19 +3,18 @@ from __future__ import annotations
 
 import math
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from refattn import demo
+from refattn import demo, experiment
 from refattn.demo import Plan, Training
+from refattn.testing.laws import law_equal_bits
 
 TINY = Plan(seed=5, updates=9, batch=7, warm_up=2, width=8, heads=2, layers=1)
 
@@ -26,115 +25,42 @@ def some_images(count: int, seed: int = 0) -> np.ndarray:
 
 def after(state: Training, updates: int, images: np.ndarray, plan: Plan = TINY) -> Training:
     for _ in range(updates):
-        state, _ = demo.train_step(state, images, images[:, 0] % 10, plan)
+        state = experiment.train_step(state, demo.digits_task(plan, images, images[:, 0] % 10))
     return state
 
 
-def assert_same_training(a: Training, b: Training) -> None:
-    """Bit for bit, whatever the next update depends on."""
-    for one, other in ((a.params, b.params), (a.slots.mean, b.slots.mean), (a.slots.square, b.slots.square)):
-        assert list(one) == list(other)
-        for name in one:
-            assert one[name].dtype == other[name].dtype
-            assert one[name].tobytes() == other[name].tobytes(), name
-    np.testing.assert_array_equal(a.order, b.order)
-    assert (a.slots.steps, a.position, a.rng, a.update) == (b.slots.steps, b.position, b.rng, b.update)
+def begin(plan: Plan = TINY) -> Training:
+    return experiment.training_init(demo.params_init(plan))
 
 
 # --- training ----------------------------------------------------------------------------------------------------------------------------
 
-@given(at=st.integers(0, 9))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=10)
-def test_an_interruption_changes_nothing(tmp_path: Path, at: int) -> None:
-    images = some_images(17)                                        # two batches to an epoch, three images left over
-    whole = after(demo.train_init(TINY, len(images)), 9, images)
-    part = after(demo.train_init(TINY, len(images)), at, images)
-    demo.training_save(tmp_path / "x", part._replace(seconds=1.5, history=[{"update": 1}]), TINY)
-    loaded = demo.training_load(tmp_path / "x", TINY)
-    assert_same_training(loaded, part)
-    assert (loaded.seconds, loaded.history) == (1.5, [{"update": 1}])
-    assert_same_training(after(loaded, 9 - at, images), whole)
-
-
-def test_a_step_leaves_the_old_state_untouched() -> None:
-    images = some_images(17)
-    state = after(demo.train_init(TINY, len(images)), 2, images)
-    once = after(state, 3, images)                                  # over the end of an epoch
-    assert_same_training(after(state, 3, images), once)
-
-
 def test_every_image_has_its_turn_once_an_epoch() -> None:
     images = some_images(21)
-    state, seen = demo.train_init(TINY, len(images)), []
-    for _ in range(6):
-        state, _ = demo.train_step(state, images, images[:, 0] % 10, TINY)
-        seen.append(state.order[state.position - TINY.batch: state.position])
-    for epoch in (np.concatenate(seen[:3]), np.concatenate(seen[3:])):
-        np.testing.assert_array_equal(np.sort(epoch), np.arange(21))
-    assert not np.array_equal(seen[0], seen[3])
+    task = demo.digits_task(TINY, images, images[:, 0] % 10)
+    for epoch in (range(3), range(3, 6)):
+        seen = np.concatenate([task.batch(update)[0] for update in epoch])
+        np.testing.assert_array_equal(seen[np.lexsort(seen.T)], images[np.lexsort(images.T)])
 
 
 def test_another_seed_gives_other_weights_and_another_order() -> None:
-    a, b = demo.train_init(TINY, 21), demo.train_init(TINY._replace(seed=6), 21)
-    assert not np.array_equal(a.params["head.weight"], b.params["head.weight"])
-    assert not np.array_equal(a.order, b.order)
+    plans, images = (TINY, TINY._replace(seed=6)), some_images(21)
+    a, b = (demo.params_init(plan) for plan in plans)
+    assert not np.array_equal(a["head.weight"], b["head.weight"])
+    a, b = (demo.digits_task(plan, images, images[:, 0] % 10).batch(0)[0] for plan in plans)
+    assert not np.array_equal(a, b)
 
 
 def test_the_model_learns_one_image_by_heart() -> None:
     images = np.repeat(some_images(1), 7, axis=0)
     plan = TINY._replace(updates=100, learning_rate=3e-2, weight_decay=0.0)
-    state = after(demo.train_init(plan, 7), 100, images, plan)
+    state = after(begin(plan), 100, images, plan)
     assert demo.bits_per_pixel(state.params, images, plan.config()) < math.log2(17) / 2
-
-
-DYING = """
-import os, signal, sys
-import numpy as np
-from refattn import checkpoint, demo
-
-path, module, name, at = sys.argv[1:]
-module, calls = {"os": checkpoint.os, "demo": demo}[module], 0
-lives = getattr(module, name)
-
-def dies(*arguments, **options):
-    global calls
-    calls += 1
-    if calls == int(at):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return lives(*arguments, **options)
-
-setattr(module, name, dies)
-demo.CHECKPOINT_SECONDS = 0
-x = np.random.default_rng(0).integers(0, demo.LEVELS, (17, demo.PIXELS))
-plan = demo.Plan(**PLAN)
-start = demo.training_load(path, plan) if os.path.exists(path) else demo.train_init(plan, len(x))
-demo.train(path, plan, demo.Scans(x, x[:, 0] % 10, x, x[:, 0] % 10), start)
-"""
-
-
-@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-def test_a_killed_process_goes_on_to_the_same_weights(tmp_path: Path) -> None:
-    """Killed within an update, before the new file is whole, before and after it replaces the old one, while measuring; then left alone."""
-    plan, path = TINY._replace(updates=14), tmp_path / "x.safetensors"
-    script, images = DYING.replace("PLAN", repr(plan._asdict())), some_images(17)
-    whole = [demo.train_init(plan, 17)]
-    for _ in range(plan.updates):
-        whole.append(after(whole[-1], 1, images, plan))
-    reached = 0
-    for module, name, at, gain in (("demo", "radam_step", 3, 2), ("os", "fsync", 5, 2), ("os", "replace", 2, 1), ("os", "open", 3, 3),
-                                   ("demo", "bits_per_pixel", 3, 1)):
-        killed = subprocess.run([sys.executable, "-c", script, str(path), module, name, str(at)], stdout=subprocess.DEVNULL)
-        assert killed.returncode == -signal.SIGKILL
-        reached += gain
-        assert_same_training(demo.training_load(path, plan), whole[reached])
-    subprocess.run([sys.executable, "-c", script, str(path), "os", "replace", "99"], check=True, stdout=subprocess.DEVNULL)
-    assert_same_training(demo.training_load(path, plan), whole[-1])
 
 
 def test_the_loss_is_in_bits_per_pixel_and_all_images_count_alike() -> None:
     images = some_images(203)                                       # two full batches of the evaluation and a short one
-    state = demo.train_init(TINY, len(images))
-    config, params = TINY.config(), state.params
+    config, params = TINY.config(), demo.params_init(TINY)
     flat = {name: x * 0 for name, x in params.items()}
     assert demo.bits_per_pixel(flat, images, config) == pytest.approx(math.log2(17), abs=1e-6)     # float32: a rounding of log 17
     digit = images[:, 0] % 10
@@ -145,7 +71,7 @@ def test_the_loss_is_in_bits_per_pixel_and_all_images_count_alike() -> None:
 
 @given(at=st.integers(0, demo.PIXELS - 1), seed=st.integers(0, 99))
 def test_a_pixel_is_predicted_without_itself_and_what_follows(at: int, seed: int) -> None:
-    params = demo.train_init(TINY, 1).params
+    params = demo.params_init(TINY)
     image = some_images(1, seed)
     changed = image.copy()
     changed[:, at:] = some_images(1, seed + 1)[:, at:]
@@ -154,24 +80,10 @@ def test_a_pixel_is_predicted_without_itself_and_what_follows(at: int, seed: int
 
 
 def test_the_model_sees_only_the_digits_that_it_is_told() -> None:
-    images, digit = some_images(14), np.arange(14) % 10
-    state = demo.train_init(TINY, 14)
-    told, untold = state.order[:7:2], state.order[1:7:2]
-    other = digit.copy()
-    other[untold] += 1
-    assert_same_training(demo.train_step(state, images, digit, TINY)[0], demo.train_step(state, images, other % 10, TINY)[0])
-    other[told] += 1
-    one, two = (demo.train_step(state, images, d, TINY)[0].params["token.weight"] for d in (digit, other % 10))
-    assert not np.array_equal(one, two)
-
-
-@pytest.mark.parametrize("change", [{"seed": 6}, {"updates": 10}, {"width": 16}])
-def test_a_checkpoint_of_another_plan_is_refused_with_words(tmp_path: Path, change: dict[str, int]) -> None:
-    demo.training_save(tmp_path / "x", demo.train_init(TINY, 17), TINY)
-    (name, value), = change.items()
-    words = rf"x: a training with {name} = {getattr(TINY, name)} \(now {value}\); ask for the same, name another folder by --out, or"
-    with pytest.raises(ValueError, match=words):
-        demo.training_load(tmp_path / "x", TINY._replace(**change))
+    images, digit = np.repeat(np.arange(14)[:, None], demo.PIXELS, 1), np.arange(14) % 10
+    chosen, told = demo.digits_task(TINY, images, digit).batch(0)
+    np.testing.assert_array_equal(told[::2], digit[chosen[::2, 0]])
+    np.testing.assert_array_equal(told[1::2], demo.ANY)
 
 
 # --- the data, the baseline, the forms ---------------------------------------------------------------------------------------------------
@@ -236,7 +148,7 @@ def test_neighbourhoods_are_the_pixels_around() -> None:
 
 
 def test_the_model_and_its_recurrent_twin_are_compared_pixel_by_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
-    params, images, right = demo.train_init(TINY, 1).params, some_images(3), demo.transformer_step
+    params, images, right = demo.params_init(TINY), some_images(3), demo.transformer_step
     apart, rounding = demo.twins(params, TINY.config(), images)
     assert rounding > 0
     assert demo.twins({name: x.astype(np.float64) for name, x in params.items()}, TINY.config(), images)[1] == 0
@@ -268,7 +180,7 @@ def test_the_shown_half_is_kept_and_only_the_rest_is_drawn(tmp_path: Path, monke
     kept: dict[str, Any] = {}
     monkeypatch.setattr(demo, "_figure", lambda path, drawn, completions: kept.update(drawn=drawn, **completions))
     scans = demo.digits_load()
-    demo.draw("", demo.train_init(TINY, 1).params, TINY.config(), scans, np.random.default_rng(0), rows=3)
+    demo.draw("", demo.params_init(TINY), TINY.config(), scans, np.random.default_rng(0), rows=3)
     assert kept["drawn"].shape == (3, 10, 64)
     for digit, image in enumerate(kept["original"]):
         assert digit in scans.test_digit[(scans.test == image).all(axis=1)]
@@ -326,11 +238,11 @@ def test_an_interrupt_keeps_what_was_learnt_and_says_how_to_go_on(tmp_path: Path
     assert f"the same command goes on from {tmp_path / 'a'}" in capsys.readouterr().err
     plan = Plan(0, updates=12, batch=20, warm_up=2, width=16, heads=2, layers=2)
     scans, paths = demo.digits_load(), [tmp_path / name / "checkpoint.safetensors" for name in "ab"]
-    state = demo.training_load(paths[0], plan)
+    state = experiment.training_load(paths[0], demo.digits_task(plan, scans.train, scans.train_digit))
     assert (state.update, [row["update"] for row in state.history]) == (2, [2])
     paths[1].parent.mkdir()
-    one, other = (demo.train(path, plan, scans, start) for path, start in zip(paths, (state, demo.train_init(plan, len(scans.train)))))
-    assert_same_training(one, other)
+    one, other = (demo.train_digits(path, plan, scans, start) for path, start in zip(paths, (state, begin(plan))))
+    law_equal_bits({"interrupted": list(one.params.values()), "in one": list(other.params.values())})
     assert [row | {"seconds": 0} for row in one.history] == [row | {"seconds": 0} for row in other.history]
 
 

@@ -34,6 +34,18 @@ def test_at_temperature_zero_each_token_is_the_likeliest(seed, config):
     np.testing.assert_array_equal(logits.argmax(-1), tokens[:, 1:])
 
 
+def test_lsh_attention_is_recomputed_with_hashes_of_the_same_generator(rng):
+    config = Config(7, 12, 4, 2, 1, 5, attention="lsh-2")
+    params, prompt = transformer_init(rng, config, np.float64), np.array([[1, 2], [3, 4]])
+    tokens = generate_recomputed(params, config, prompt, 6, np.random.default_rng(3))
+    again = np.random.default_rng(3)
+    for i in range(2, 8):
+        logits, _ = transformer_forward(params, tokens[:, :i], config, rng=again)
+        np.testing.assert_array_equal(tokens[:, i], sample(logits[:, -1], again))
+    with pytest.raises(ValueError, match="got 'lsh-2', which sorts whole sequences .* as generate_recomputed does"):
+        generate(params, config, prompt, 6, rng)
+
+
 def test_one_seed_gives_one_text_and_the_prompt_is_left_alone():
     config = Config(7, 12, 4, 2, 1, 5)
     params = transformer_init(np.random.default_rng(0), config)

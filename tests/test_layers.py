@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refattn import layers
+from refattn.lsh import lsh_backward, lsh_buckets, lsh_forward, lsh_rotations
 from refattn.testing.budgets import assert_within, gamma, rounding, unit_roundoff
 
 REAL, COMPLEX = np.longdouble, np.complex128
@@ -464,7 +465,7 @@ def test_attention_is_its_equation_and_its_backward_the_transpose(seed, dtype, a
         within(actual, value, Ball(bound, bound, unit_roundoff(dtype)), what)
 
 
-@given(seeds, kinds, st.booleans(), st.sampled_from([np.nan, np.inf, 1e30]))
+@given(seeds, kinds | st.just("lsh-2"), st.booleans(), st.sampled_from([np.nan, np.inf, 1e30]))
 def test_padding_changes_nothing(seed, attention, causal, garbage):
     rng, B, N, E = np.random.default_rng(seed), 3, 5, 4
     params, lengths = attention_params(rng, E, "f8"), rng.integers(0, N + 1, B)
@@ -474,9 +475,10 @@ def test_padding_changes_nothing(seed, attention, causal, garbage):
     dirty_x[padding] = dirty_dout[padding] = garbage
     results = []
     for a, d in ((x, dout), (dirty_x, dirty_dout)):
-        out, residuals = layers.attention_forward(params, "a", a, heads=2, attention=attention, causal=causal, lengths=lengths)
+        out, residuals = layers.attention_forward(params, "a", a, heads=2, attention=attention, causal=causal, lengths=lengths,
+                                                  rng=np.random.default_rng(1))
         dx, grads = layers.attention_backward(d, residuals)
-        results.append([out, dx, *(grads[key] for key in PARTS)])
+        results.append([out, dx, *grads.values()])
     for clean, dirty in zip(*results, strict=True):
         np.testing.assert_array_equal(dirty, clean)
     assert not results[1][0][padding].any() and not results[1][1][padding].any()
@@ -517,6 +519,37 @@ def test_half_precision_attention_is_that_of_single_up_to_its_rounding(rng):
             assert np.abs(out.astype("f4") - wide).max() <= 64 * unit_roundoff(dtype)
 
 
+@given(seeds, dtypes, st.integers(1, 3), st.booleans(), st.sampled_from([0, 1, 5, 40]), st.booleans())
+def test_lsh_attention_is_its_parts_one_by_one(seed, dtype, rounds, causal, N, padded):
+    """Bit for bit: the parts have their own laws. Its query is the key too; padding is sorted last."""
+    rng, H, D = np.random.default_rng(seed), 2, 3
+    params = {key: draw(rng, (6, 6) if key.endswith("weight") else (6,), dtype, "plain") for key in PARTS if ".key." not in key}
+    x, dout = draw(rng, (2, N, 6), dtype, "plain"), draw(rng, (2, N, 6), dtype, "plain")        # sums depend on strides to the last bit
+    lengths = rng.integers(0, N + 1, 2) if padded else None
+    real = (np.arange(N) < (lengths if padded else np.array([N, N]))[:, None])[..., None]
+    with Untouched(x, dout, *params.values()):
+        out, residuals = layers.attention_forward(params, "a", x, heads=H, attention=f"lsh-{rounds}", causal=causal, lengths=lengths,
+                                                  rng=np.random.default_rng(seed))
+        dx, grads = layers.attention_backward(dout, residuals)
+    heads = lambda a: a.reshape(2, N, H, D).swapaxes(1, 2)
+    both = np.concatenate([params["a.query.weight"], params["a.value.weight"]], 1), np.concatenate([params["a.query.bias"], params["a.value.bias"]])
+    projected, r_in = layers.affine_forward(np.where(real, x, np.zeros((), dtype)), *both)
+    turns = lsh_rotations(np.random.default_rng(seed), rounds, D, 64).astype(np.promote_types(dtype, np.float32))
+    q, v = heads(projected[..., :6]), heads(projected[..., 6:])
+    buckets = np.where(real[:, None, None, :, 0], lsh_buckets(q, turns), 64)
+    mixed, r_lsh = lsh_forward(q, v, buckets, causal=causal, chunk=32, lengths=real.sum((1, 2))[:, None].repeat(H, 1))
+    expected, r_out = layers.affine_forward(mixed.swapaxes(1, 2).reshape(2, N, 6), params["a.out.weight"], params["a.out.bias"])
+    np.testing.assert_array_equal(out, np.where(real, expected, np.zeros((), dtype)))
+    dmerged, dw, db = layers.affine_backward(np.where(real, dout, np.zeros((), dtype)), r_out)
+    dq, dv = (d.swapaxes(1, 2).reshape(2, N, 6) for d in lsh_backward(heads(dmerged), r_lsh))
+    right_dx, right_dw, right_db = layers.affine_backward(np.concatenate([dq, dv], -1), r_in)
+    right = [right_dx, right_dw[:, :6], right_db[:6], right_dw[:, 6:], right_db[6:], dw, db]
+    for actual, value in zip((dx, *(grads[key] for key in params)), right, strict=True):
+        assert actual.dtype == dtype
+        np.testing.assert_array_equal(actual, value)
+    assert grads.keys() == params.keys()
+
+
 # --- words -------------------------------------------------------------------------------------------------------------------------------
 
 ones = np.ones
@@ -545,7 +578,12 @@ PARAMS = {key: ones((4, 4) if key.endswith("weight") else 4) for key in PARTS}
      ValueError, "activation: expected 'gelu' or 'relu', got 'elu'"),
     (lambda: layers.attention_forward(PARAMS, "a", ones((3, 4)), heads=3), ValueError, "heads: expected a divisor of E = 4, got 3"),
     (lambda: layers.attention_forward(PARAMS, "a", ones((3, 4)), heads=2, attention="lsh"),
-     ValueError, "attention: expected 'linear' or 'softmax'"),
+     ValueError, "attention: expected 'linear', 'softmax' or 'lsh-R' with R ≥ 1 rounds, as in 'lsh-4', got 'lsh'"),
+    (lambda: layers.attention_forward(PARAMS, "a", ones((3, 4)), heads=2, attention="lsh-1"),
+     ValueError, "rng: expected a numpy.random.Generator, got None; attention 'lsh-1' draws its rotations from it"),
+    *((lambda call=call: call(heads=2, attention="lsh-1"), ValueError, "attention: expected 'linear' or 'softmax', got 'lsh-1', which sorts")
+      for call in (lambda **o: layers.attention_prefill(PARAMS, "a", ones((3, 4)), **o), lambda **o: layers.attention_init((), 4, **o),
+                   lambda **o: layers.attention_step(PARAMS, "a", ones(4), **o))),
     (lambda: layers.attention_forward(PARAMS, "a", ones((2, 3, 4)), heads=2, lengths=np.array([1, 4])),
      ValueError, "lengths: expected 0 ≤ length ≤ N = 3"),
 ], ids=lambda x: x if isinstance(x, str) else "")

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refattn import layers
+from refattn import oracle as definitions
 from refattn.losses import cross_entropy_backward, cross_entropy_forward
 from refattn.optim import adam_init, adam_step
 from refattn.testing.budgets import gamma
@@ -25,12 +27,27 @@ from refattn.transformer import (
 )
 
 ROUNDINGS = 4096
+BUCKETS, CHUNK = 4, 2       # so that five positions meet, part and change chunks
 seeds = st.integers(0, 2**32 - 1)
 configs = st.builds(Config, vocabulary=st.just(7), length=st.just(6), width=st.just(4), heads=st.sampled_from([1, 2, 4]),
-                    layers=st.integers(1, 3), feed_forward=st.sampled_from([3, 5]), attention=st.sampled_from(["linear", "softmax"]),
+                    layers=st.integers(1, 3), feed_forward=st.sampled_from([3, 5]),
+                    attention=st.sampled_from(["linear", "softmax", "lsh-1", "lsh-3"]),
                     norm=st.sampled_from(["pre", "post"]), causal=st.booleans(), positions=st.sampled_from(["learned", "sinusoidal"]),
                     activation=st.just("gelu"), feature_map=st.just("elu1"))
-causal = configs.map(lambda c: c._replace(causal=True))
+recurrent = st.builds(lambda c, attention: c._replace(causal=True, attention=attention), configs, st.sampled_from(["linear", "softmax"]))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_buckets():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "LSH_BUCKETS", BUCKETS)
+        patch.setattr(layers, "LSH_CHUNK", CHUNK)
+        yield
+
+
+def hashes():
+    """What the rotations of LSH attention are drawn from; nothing else looks at it."""
+    return np.random.default_rng(7)
 
 
 def draw_params(rng, config, dtype=np.float64):
@@ -44,7 +61,7 @@ def oracle(params, tokens, config):
     affine = lambda x, name: (x[:, None] * params[f"{name}.weight"]).sum(0) + params[f"{name}.bias"]
     gelu = lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
     phi = lambda x: np.where(x.real > 0, x + 1, np.exp(np.where(x.real > 0, 0, x)))
-    E, D = config.width, config.width // config.heads
+    E, D, rng = config.width, config.width // config.heads, hashes()
 
     def position(p):
         if config.positions == "learned":
@@ -66,12 +83,23 @@ def oracle(params, tokens, config):
             out.append(affine(np.concatenate(heads), f"{name}.out"))
         return out
 
+    def attend_lsh(rows, name):
+        turns = rng.standard_normal((int(config.attention[4:]), D, BUCKETS // 2))
+        x, v = (np.array([affine(x, f"{name}.{part}") for x in rows]) for part in ("query", "value"))
+        heads = []
+        for h in range(config.heads):
+            own = slice(h * D, h * D + D)
+            nearest = lambda row, turn: max(range(BUCKETS), key=lambda b: (1 - 2 * (b >= BUCKETS // 2)) * (row @ turn[:, b % (BUCKETS // 2)]))
+            buckets = [[nearest(row, turn) for row in x.real[:, own]] for turn in turns]
+            heads.append(definitions.lsh_attention(x[:, own], v[:, own], buckets, causal=config.causal, chunk=CHUNK, scale=1 / np.sqrt(D)))
+        return [affine(row, f"{name}.out") for row in np.concatenate(heads, axis=1)]
+
     def feed(rows, name):
         return [affine(gelu(affine(x, f"{name}.in")), f"{name}.out") for x in rows]
 
     rows = [params["token.weight"][t] + position(p) for p, t in enumerate(tokens)]
     for i in range(config.layers):
-        for name, inner in ((f"blocks.{i}.attention", attend), (f"blocks.{i}.feed_forward", feed)):
+        for name, inner in ((f"blocks.{i}.attention", attend_lsh if "lsh" in config.attention else attend), (f"blocks.{i}.feed_forward", feed)):
             if config.norm == "pre":
                 rows = [x + y for x, y in zip(rows, inner([norm(x, f"{name}.norm") for x in rows], name), strict=True)]
             else:
@@ -87,7 +115,7 @@ def test_the_model_is_its_equations_and_its_backward_the_transpose(seed, config,
     one in each parameter alone."""
     rng = np.random.default_rng(seed)
     params, tokens = draw_params(rng, config), rng.integers(0, 7, (2, N))
-    logits, residuals = transformer_forward(params, tokens, config)
+    logits, residuals = transformer_forward(params, tokens, config, rng=hashes())
     expected = np.array([oracle(params, row, config) for row in tokens])
     assert np.abs(logits - expected).max() <= gamma(ROUNDINGS, "float64") * max(1, np.abs(expected).max())
     dlogits = rng.standard_normal(logits.shape)
@@ -103,7 +131,7 @@ def test_the_model_is_its_equations_and_its_backward_the_transpose(seed, config,
         assert abs(forward - backward) <= gamma(ROUNDINGS, "float64") * size, keys
 
 
-@pytest.mark.parametrize("attention", ["linear", "softmax"])
+@pytest.mark.parametrize("attention", ["linear", "softmax", "lsh-2"])
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 def test_differences_converge_to_the_gradient_as_the_fourth_power_of_the_step(rng, attention, activation):
     """Through the library's own forward, loss included: Richardson's rule leaves an error of h⁴ until rounding takes over."""
@@ -114,7 +142,7 @@ def test_differences_converge_to_the_gradient_as_the_fourth_power_of_the_step(rn
 
     def loss(h):
         moved = {key: p + h * u[key] for key, p in params.items()}
-        logits, residuals = transformer_forward(moved, tokens[:, :-1], config, lengths=lengths)
+        logits, residuals = transformer_forward(moved, tokens[:, :-1], config, lengths=lengths, rng=hashes())
         value, r_loss = cross_entropy_forward(logits, tokens[:, 1:], weights=weights)
         return float(value), r_loss, residuals
 
@@ -127,11 +155,11 @@ def test_differences_converge_to_the_gradient_as_the_fourth_power_of_the_step(rn
     assert errors[2] <= max(errors[0] / 100, rounding * 10), errors
 
 
-@given(seeds, causal, st.integers(1, 6), st.integers(0, 6))
+@given(seeds, recurrent, st.integers(1, 6), st.integers(0, 6))
 def test_the_recurrent_twin_is_the_same_function(seed, config, N, at):
     rng, at = np.random.default_rng(seed), min(at, N)
     params, tokens = draw_params(rng, config), rng.integers(0, 7, (2, N))
-    logits, _ = transformer_forward(params, tokens, config)
+    logits, _ = transformer_forward(params, tokens, config, rng=hashes())
     bound = gamma(ROUNDINGS, "float64") * max(1, np.abs(logits).max())
     prefix, state = transformer_prefill(params, tokens[:, :at], config)
     assert prefix.shape == (2, at, 7) and state.position == at
@@ -144,7 +172,7 @@ def test_the_recurrent_twin_is_the_same_function(seed, config, N, at):
         assert state.position == N
 
 
-@given(seeds, causal)
+@given(seeds, recurrent)
 def test_an_old_state_can_be_gone_back_to(seed, config):
     rng = np.random.default_rng(seed)
     params, tokens = draw_params(rng, config), rng.integers(0, 7, (3, 4))
@@ -160,7 +188,7 @@ def test_an_old_state_can_be_gone_back_to(seed, config):
     assert state.position == 4 and after.position == 5
 
 
-@given(seeds, causal, st.integers(1, 5))
+@given(seeds, recurrent, st.integers(1, 5))
 def test_the_future_never_reaches_the_past(seed, config, at):
     rng = np.random.default_rng(seed)
     params, tokens = draw_params(rng, config), rng.integers(0, 7, (2, 6))
@@ -180,15 +208,15 @@ def test_padding_changes_nothing(seed, config, garbage, token):
     dlogits, dirty_tokens = rng.standard_normal((B, N, 7)), tokens.copy()
     dirty_dlogits = dlogits.copy()
     dirty_tokens[padding], dirty_dlogits[padding] = token, garbage
-    clean, residuals = transformer_forward(params, tokens, config, lengths=lengths)
+    clean, residuals = transformer_forward(params, tokens, config, lengths=lengths, rng=hashes())
     grads = transformer_backward(dlogits, residuals)
-    dirty, residuals = transformer_forward(params, dirty_tokens, config, lengths=lengths)
+    dirty, residuals = transformer_forward(params, dirty_tokens, config, lengths=lengths, rng=hashes())
     np.testing.assert_array_equal(dirty, clean)
     assert not clean[padding].any()
     for key, g in transformer_backward(dirty_dlogits, residuals).items():
         np.testing.assert_array_equal(g, grads[key])
     for b, n in enumerate(lengths):
-        alone, _ = transformer_forward(params, tokens[b:b + 1, :n], config)
+        alone, _ = transformer_forward(params, tokens[b:b + 1, :n], config, rng=hashes())
         assert np.abs(alone[0] - clean[b, :n]).max(initial=0) <= gamma(ROUNDINGS, "float64") * max(1, np.abs(clean).max())
 
 
@@ -196,10 +224,10 @@ def test_padding_changes_nothing(seed, config, garbage, token):
 def test_batches_are_independent_and_their_gradients_add(seed, config):
     rng = np.random.default_rng(seed)
     params, tokens, dlogits = draw_params(rng, config), rng.integers(0, 7, (3, 4)), rng.standard_normal((3, 4, 7))
-    logits, residuals = transformer_forward(params, tokens, config)
+    logits, residuals = transformer_forward(params, tokens, config, rng=hashes())
     grads, total = transformer_backward(dlogits, residuals), dict.fromkeys(params, 0.0)
     for b in range(3):
-        alone, residuals = transformer_forward(params, tokens[b], config)
+        alone, residuals = transformer_forward(params, tokens[b], config, rng=hashes())
         assert np.abs(alone - logits[b]).max() <= gamma(ROUNDINGS, "float64") * max(1, np.abs(logits).max())
         for key, g in transformer_backward(dlogits[b], residuals).items():
             total[key] = total[key] + g
@@ -208,11 +236,11 @@ def test_batches_are_independent_and_their_gradients_add(seed, config):
         assert np.abs(total[key] - grads[key]).max() <= gamma(ROUNDINGS, "float64") * size
 
 
-@given(seeds, causal, st.sampled_from([np.float32, np.float16]))
+@given(seeds, recurrent, st.sampled_from([np.float32, np.float16]))
 def test_dtype_stays_and_the_error_is_of_its_size(seed, config, dtype):
     rng = np.random.default_rng(seed)
     params, tokens = draw_params(rng, config, dtype), rng.integers(0, 7, (2, 5))
-    logits, residuals = transformer_forward(params, tokens, config)
+    logits, residuals = transformer_forward(params, tokens, config, rng=hashes())
     grads = transformer_backward(rng.standard_normal(logits.shape).astype(dtype), residuals)
     logits_t, _ = transformer_step(params, tokens[:, 0], transformer_step_init(config, 2, dtype), config)
     assert logits.dtype == logits_t.dtype == dtype and {g.dtype for g in grads.values()} == {np.dtype(dtype)}
@@ -238,13 +266,22 @@ def test_read_only_parameters_and_strided_tokens_and_cotangents_are_fine(rng):
 
 
 def test_no_sequences_and_no_positions_give_empty_logits_and_zero_gradients(rng):
-    for attention in ("linear", "softmax"):
+    for attention in ("linear", "softmax", "lsh-2"):
         config = Config(7, 6, 4, 2, 2, 5, attention=attention)
         params = draw_params(rng, config)
         for shape in ((0, 3), (2, 0)):
-            logits, residuals = transformer_forward(params, np.zeros(shape, int), config)
+            logits, residuals = transformer_forward(params, np.zeros(shape, int), config, rng=hashes())
             assert logits.shape == (*shape, 7)
             assert not any(g.any() for g in transformer_backward(logits, residuals).values())
+
+
+def test_lsh_attention_is_hashed_by_the_generator_it_is_given(rng):
+    config = Config(7, 6, 4, 2, 2, 5, attention="lsh-1")
+    params, tokens = draw_params(rng, config), rng.integers(0, 7, (9, 6))
+    forward = lambda seed: transformer_forward(params, tokens, config, rng=np.random.default_rng(seed))[0]
+    np.testing.assert_array_equal(forward(3), forward(3))
+    assert (forward(3) != forward(4)).any()
+    assert not any(".key." in name for name in params)
 
 
 def test_one_seed_gives_one_model_in_every_dtype():
@@ -274,13 +311,22 @@ def test_a_model_learns_to_copy(attention):
 GOOD = Config(7, 6, 4, 2, 1, 5)
 PARAMS = transformer_init(np.random.default_rng(0), GOOD)
 TOKENS = np.array([[1, 2, 3]])
+LSH = GOOD._replace(attention="lsh-2")
+PARAMS_LSH = {key: p for key, p in PARAMS.items() if ".key." not in key}
 
 
 @pytest.mark.parametrize(("call", "error", "words"), [
     (lambda: transformer_shapes(GOOD._replace(width=0)), ValueError, "width: expected an integer ≥ 1, got 0"),
     (lambda: transformer_shapes(GOOD._replace(heads=3)), ValueError, "heads: expected a divisor of width = 4, got 3"),
     (lambda: transformer_shapes(GOOD._replace(norm="rms")), ValueError, "norm: expected 'pre' or 'post', got 'rms'"),
-    (lambda: transformer_shapes(GOOD._replace(attention="lsh")), ValueError, "attention: expected 'linear' or 'softmax', got 'lsh'"),
+    *((lambda attention=attention: transformer_shapes(GOOD._replace(attention=attention)), ValueError,
+       f"attention: expected 'linear', 'softmax' or 'lsh-R' with R ≥ 1 rounds, as in 'lsh-4', got {attention!r}")
+      for attention in ("lsh", "lsh-0", "lsh-04", "lsh--1", "lsh-1.5", "LSH-1", None)),
+    (lambda: transformer_forward(PARAMS_LSH, TOKENS, LSH), ValueError, "rng: expected a numpy.random.Generator, got None; attention 'lsh-2' "),
+    *((lambda call=call: call(PARAMS_LSH, LSH), ValueError,
+       "attention: expected 'linear' or 'softmax', got 'lsh-2', which sorts whole sequences and has no state to go on from")
+      for call in (lambda params, config: transformer_prefill(params, TOKENS, config), lambda params, config: transformer_step_init(config, 1),
+                   lambda params, config: transformer_step(params, TOKENS[:, 0], transformer_step_init(GOOD, 1), config))),
     (lambda: transformer_forward(PARAMS, TOKENS, GOOD._replace(layers=2)),
      ValueError, "params: expected the keys of this configuration, got 16 missing"),
     (lambda: transformer_forward(PARAMS, TOKENS, GOOD._replace(feed_forward=6)), ValueError, "feed_forward.in.weight"),

@@ -1,0 +1,121 @@
+"""The paper's copy task (fig. 2): linear, softmax and LSH attention learn to write the second w of 0 w 0 w.
+
+w has 32 to 63 of ten symbols, so a sequence has at most 128; batches of 64; the loss is that of the second w alone; RAdam with 1e-3, and 1e-4
+from update 3,000 on; gradients are clipped to norm 1. Each system trains for the same time. The same command goes on where it was stopped,
+with more --minutes too. In the folder: a checkpoint and results (JSON) of each system, and a figure of all systems trained so far.
+"""
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+import numpy as np
+
+from refattn.experiment import Params, Row, Task, arguments, figure_save, require_extras, results_save, train, training_open
+from refattn.losses import cross_entropy_backward, cross_entropy_forward
+from refattn.optim import AdamSlots, clip_by_global_norm, dropped_rate, radam_step
+from refattn.transformer import Config, transformer_backward, transformer_forward, transformer_init
+
+SYSTEMS, SYMBOLS, BATCH, EVERY = ("linear", "softmax", "lsh-1", "lsh-4"), 10, 64, 10
+# width, heads, layers and the longest w; the paper gives layers and heads, its authors' code heads of 32
+SCALES = {"small": (128, 8, 4, 63), "paper": (256, 8, 4, 63), "smoke": (16, 2, 2, 7)}
+
+
+def copy_batch(rng: np.random.Generator, count: int, shortest: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (count, 2·longest + 2) that start with 0 w 0 w, w of `shortest` to `longest` symbols 1 … 10; and how long each w is."""
+    n, w = rng.integers(shortest, longest + 1, count), rng.integers(1, SYMBOLS + 1, (count, longest))
+    i = np.arange(2 * longest + 2) % (n[:, None] + 1)                            # where in 0 w
+    tokens = np.where(i == 0, 0, np.take_along_axis(w, np.maximum(i - 1, 0), axis=1))
+    return np.where(np.arange(2 * longest + 2) < 2 * n[:, None] + 2, tokens, 0), n
+
+
+def read(params: Params, config: Config, tokens: np.ndarray, n: np.ndarray, rng: np.random.Generator) -> tuple[Any, ...]:
+    """Logits and what follows each token, true where that is in the second w, and the residuals."""
+    logits, residuals = transformer_forward(params, tokens[:, :-1], config, lengths=2 * n + 1, rng=rng)
+    i = np.arange(tokens.shape[1] - 1)
+    return logits, tokens[:, 1:], (i > n[:, None]) & (i < 2 * n[:, None] + 1), residuals
+
+
+def copy_task(system: str, scale: str, seed: int) -> tuple[Task, Config]:
+    width, heads, layers, longest = SCALES[scale]
+    config = Config(SYMBOLS + 1, 2 * longest + 1, width, heads, layers, 4 * width, attention=system, positions="sinusoidal")
+
+    def batch(update: int) -> tuple[Any, ...]:
+        rng = np.random.default_rng([seed, 1, update])                           # the rotations of LSH are drawn anew in each update
+        return (*copy_batch(rng, BATCH, longest // 2 + 1, longest), rng)
+
+    def loss_and_grads(params: Params, batch: Any) -> tuple[float, Params]:
+        logits, targets, second, residuals = read(params, config, *batch)
+        loss, r_loss = cross_entropy_forward(logits, targets, weights=second)
+        return float(loss), transformer_backward(cross_entropy_backward(1.0, r_loss), residuals)
+
+    def optimize(params: Params, grads: Params, slots: AdamSlots, update: int) -> tuple[Params, AdamSlots]:
+        return radam_step(params, clip_by_global_norm(grads, 1.0)[0], slots, learning_rate=dropped_rate(update, 1e-3, 3000, 1e-4))
+
+    return Task({"system": system, "scale": scale, "seed": seed, **config._asdict()}, batch, loss_and_grads, optimize), config
+
+
+def copy_test(params: Params, config: Config, count: int) -> Row:
+    """On w of full length that no training saw: loss in nats, symbols that are right when those before them are given, and sequences that are
+    right throughout, which is how many the model would copy by itself, taking the likeliest symbol each time."""
+    rng = np.random.default_rng(2**32)
+    logits, targets, second, _ = read(params, config, *copy_batch(rng, count, config.length // 2, config.length // 2), rng)
+    right = (logits.argmax(-1) == targets)[second].reshape(count, -1)
+    return {"test loss": float(cross_entropy_forward(logits, targets, weights=second)[0]), "accuracy": float(right.mean()),
+            "whole": float(right.all(1).mean())}
+
+
+def figure(path: str, results: dict[str, Any]) -> None:
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(10, 4), layout="constrained")
+    for ax, x, label in zip(drawn.subplots(1, 2, sharey=True), ("update", "seconds"), ("updates", "minutes of training"), strict=True):
+        for system in results:
+            rows = results[system]["history"]
+            ax.semilogy([row[x] / (60 if x == "seconds" else 1) for row in rows], [row["loss"] for row in rows], label=system,
+                        color=f"C{SYSTEMS.index(system)}")
+        ax.set(xlabel=label, ylabel="loss of the second half, nats")
+        ax.label_outer()
+        ax.grid(alpha=0.3)
+    ax.legend()
+    figure_save(path, drawn)
+
+
+def main() -> None:
+    parser = arguments(__doc__, out=os.path.join("out", "copy"), minutes=45.0, budget="training budget of each system")
+    parser.add_argument("--system", choices=SYSTEMS, action="append", help="train this one; may be repeated (default: all, one after another)")
+    parser.add_argument("--scale", choices=("small", "paper"), default="small", help="size of the models (default: %(default)s)")
+    chosen = parser.parse_args()
+    require_extras("safetensors", "tqdm", "matplotlib")
+    scale, count = ("smoke", 8) if chosen.smoke else (chosen.scale, BATCH)
+    budget: dict[str, float] = {"updates": 2 * EVERY} if chosen.smoke else {"seconds": 60 * chosen.minutes}
+    name = lambda system, ending: os.path.join(chosen.out, f"{scale}-{system}{ending}")
+    for system in chosen.system or SYSTEMS:
+        task, config = copy_task(system, scale, chosen.seed)
+        init = lambda config=config: transformer_init(np.random.default_rng(chosen.seed), config)
+        state = training_open(name(system, ".safetensors"), task, init)
+        print(f"{system}: {sum(x.size for x in state.params.values()):,} weights, from update {state.update}", flush=True)
+        state = train(name(system, ".safetensors"), task, state, measured=lambda update: update % EVERY == 0, **budget,
+                      measure=lambda params, config=config: copy_test(params, config, count), loss="loss {:.4f}".format)
+        results_save(name(system, ".json"), {"plan": task.plan, "updates": state.update, "seconds": state.seconds, "loss": state.loss,
+                                             **copy_test(state.params, config, 4 * count), "history": state.history})
+    results = {}
+    for system in SYSTEMS:
+        if os.path.exists(name(system, ".json")):
+            with open(name(system, ".json"), encoding="utf-8") as file:
+                results[system] = json.load(file)
+    figure(os.path.join(chosen.out, f"{scale}.png"), results)
+    print(f"\n{'system':<8} {'updates':>8} {'minutes':>8} {'a second':>9} {'loss':>8} {'test loss':>10} {'accuracy':>9} {'whole':>7}")
+    for system, r in results.items():
+        print(f"{system:<8} {r['updates']:>8,} {r['seconds'] / 60:>8.1f} {r['updates'] / r['seconds']:>9.2f} {r['loss']:>8.4f} "
+              f"{r['test loss']:>10.4f} {r['accuracy']:>9.2%} {r['whole']:>7.1%}")
+    print(f"\nfigure: {os.path.join(chosen.out, scale)}.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command goes on from there")

@@ -1,0 +1,236 @@
+"""What experiments share: a training that may be killed at any moment, its progress bar, and the files that it leaves.
+
+    batch = task.batch(i)        loss, grads = task.loss_and_grads(params, batch)        params, slots = task.optimize(params, grads, slots, i)
+
+An update is a function of parameters, slots and its number i. Whatever is random in it comes from a generator that is made for it,
+`numpy.random.default_rng([seed, i])`, and not from one that runs along: so a checkpoint needs no generator, and a training that was killed
+and goes on from its checkpoint ends with the very bits of one that was not. What it costs in time does not enter the weights either, except
+through a budget of seconds, which says where to stop.
+"""
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ._array import missing_extra
+from .checkpoint import checkpoint_load, checkpoint_save, replace_file
+from .optim import AdamSlots, adam_init
+
+Params = dict[str, np.ndarray]
+Row = dict[str, float]
+
+CHECKPOINT_SECONDS = 60.0
+LOSS_MEMORY = 0.95                # the loss that is shown is a running mean of about the last 20
+
+
+class Task(NamedTuple):
+    """All that decides the trained weights, beside those at the start and the machine's arithmetic."""
+
+    plan: Mapping[str, Any]                                                     # what JSON can hold; only the same plan resumes a checkpoint
+    batch: Callable[[int], Any]                                                 # of update i; a function of i alone
+    loss_and_grads: Callable[[Params, Any], tuple[Any, Params]]                 # of params and a batch
+    optimize: Callable[[Params, Params, AdamSlots, int], tuple[Params, AdamSlots]]      # of params, grads, slots and i
+
+
+class Training(NamedTuple):
+    """All that the next update depends on, and what is worth telling. A value: `train_step` returns the next one."""
+
+    params: Params
+    slots: AdamSlots
+    update: int = 0
+    loss: float | None = None         # a running mean
+    seconds: float = 0.0              # spent on updates so far, over all runs
+    history: tuple[Row, ...] = ()
+
+
+def training_init(params: Params) -> Training:
+    """The state before the first update, for `adam_step` and `radam_step`."""
+    return Training(params, adam_init(params))
+
+
+def train_step(state: Training, task: Task) -> Training:
+    """One update.
+
+    >>> batch, loss_and_grads = lambda i: 1.0, lambda params, b: (params["w"].sum() * b, {"w": np.full(2, b)})
+    >>> task = Task({}, batch, loss_and_grads, lambda params, grads, slots, i: ({"w": params["w"] - grads["w"]}, slots))
+    >>> state = train_step(training_init({"w": np.array([3.0, 4.0])}), task)
+    >>> state.update, state.loss, state.params["w"].tolist()
+    (1, 7.0, [2.0, 3.0])
+    """
+    loss, grads = task.loss_and_grads(state.params, task.batch(state.update))
+    params, slots = task.optimize(state.params, grads, state.slots, state.update)
+    mean = float(loss) if state.loss is None else LOSS_MEMORY * state.loss + (1 - LOSS_MEMORY) * float(loss)
+    return state._replace(params=params, slots=slots, update=state.update + 1, loss=mean)
+
+
+def epoch_part(update: int, size: int, count: int, seed: int) -> np.ndarray:
+    """Which `size` of `count` examples update i takes: each has its turn once an epoch, in an order of the epoch's own; the few that are left
+    over have theirs in another.
+
+    >>> sorted(int(x) for i in (4, 5) for x in epoch_part(i, 2, 4, seed=0))
+    [0, 1, 2, 3]
+    """
+    if not 0 < size <= count:
+        raise ValueError(f"size: expected 1 to count = {count} examples for an update, got {size}")
+    epoch, part = divmod(update, count // size)
+    return np.random.default_rng([seed, epoch]).permutation(count)[part * size: (part + 1) * size]
+
+
+# --- the file that it goes on from -------------------------------------------------------------------------------------------------------
+
+def training_save(path: str | os.PathLike[str], state: Training, task: Task) -> None:
+    """One file, replaced whole: every array by name, the rest as its record."""
+    parts = {"params": state.params, "mean": state.slots.mean, "square": state.slots.square}
+    arrays = {f"{part}/{name}": x for part, named in parts.items() for name, x in named.items()}
+    record = {"plan": task.plan, "steps": state.slots.steps, "update": state.update, "loss": state.loss, "seconds": state.seconds,
+              "history": state.history}
+    checkpoint_save(path, arrays, record)
+
+
+def training_load(path: str | os.PathLike[str], task: Task) -> Training:
+    """What `training_save` wrote; ValueError if it was written under another plan."""
+    arrays, record = checkpoint_load(path)
+    theirs, ours = record.get("plan", {}), json.loads(json.dumps(task.plan))
+    other = [f"{name} = {theirs.get(name)} (now {ours.get(name)})" for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+    if other:
+        raise ValueError(f"{os.fspath(path)}: a training with {', '.join(other)}; ask for the same, name another folder by --out, or delete it")
+
+    def named(part: str) -> Params:
+        return {name.removeprefix(part): x for name, x in arrays.items() if name.startswith(part)}
+
+    return Training(named("params/"), AdamSlots(record["steps"], named("mean/"), named("square/")), record["update"], record["loss"],
+                    record["seconds"], tuple(record["history"]))
+
+
+def training_open(path: str | os.PathLike[str], task: Task, init: Callable[[], Params]) -> Training:
+    """The training in `path` if there is one, else a new one from `init()`; makes the folder."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    return training_load(path, task) if os.path.exists(path) else training_init(init())
+
+
+# --- the loop ----------------------------------------------------------------------------------------------------------------------------
+
+def train(path: str | os.PathLike[str], task: Task, state: Training, *, updates: float = math.inf, seconds: float = math.inf,
+          measure: Callable[[Params], Row] = lambda params: {}, measured: Callable[[int], bool] = lambda update: False,
+          show: Callable[[Row], None] = lambda row: None, loss: Callable[[float], str] = "loss {:.4f}".format) -> Training:
+    """From `state` on until there were so many updates, or so many seconds were spent on them; a progress bar shows loss and remaining time.
+
+    Parameters
+    ----------
+    path
+        Where `training_save` writes to: every minute, at the end, and when interrupted.
+    task : Task
+    state : Training
+        From `training_open`.
+    updates, seconds
+        At least one of them; they count what earlier runs did. The last update may go over the time.
+    measure
+        A function of the parameters: numbers for the row of an update for which `measured` is true. Rows have "update", "seconds" and "loss"
+        too, and stay in `history`. Its time is not counted.
+    show
+        What to do with a new row; may print.
+    loss
+        The words for a loss in the progress bar.
+
+    Returns
+    -------
+    state : Training
+
+    Raises
+    ------
+    ValueError
+        "updates: expected a positive number of updates or of seconds, got updates = inf and seconds = inf".
+    ImportError
+        If tqdm or safetensors is not installed, with the command that installs it.
+    """
+    if not 0 < min(updates, seconds) < math.inf:
+        raise ValueError(f"updates: expected a positive number of updates or of seconds, got updates = {updates} and seconds = {seconds}")
+    require_extras("tqdm", "safetensors")
+    from tqdm import tqdm
+
+    kept, saved = state, time.perf_counter()
+
+    def done(state: Training) -> float:
+        return min(max(state.update / updates, state.seconds / seconds), 1.0)
+
+    with tqdm(total=1.0, initial=done(state), desc="   training", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}", disable=None,
+              leave=False) as bar:
+        try:
+            while state.update < updates and state.seconds < seconds:
+                start = time.perf_counter()
+                new = train_step(state, task)
+                new = new._replace(seconds=new.seconds + time.perf_counter() - start)
+                assert new.loss is not None
+                words = f"update {new.update}, {loss(new.loss)}"
+                if measured(new.update):
+                    row = {"update": new.update, "seconds": new.seconds, "loss": new.loss, **measure(new.params)}
+                    new = new._replace(history=(*new.history, row))
+                    with tqdm.external_write_mode():
+                        show(row)
+                state = new
+                bar.set_postfix_str(words, refresh=False)
+                bar.update(done(state) - bar.n)
+                if time.perf_counter() - saved > CHECKPOINT_SECONDS:
+                    training_save(path, state, task)
+                    kept, saved = state, time.perf_counter()
+        finally:                    # `state` is whole at any moment: an update that was cut short is not in it
+            if state is not kept:
+                training_save(path, state, task)
+    return state
+
+
+# --- the command and its files -----------------------------------------------------------------------------------------------------------
+
+EXTRAS = {"sklearn": "scikit-learn", "safetensors": "safetensors", "tqdm": "tqdm", "matplotlib": "matplotlib"}
+
+
+def require_extras(*modules: str) -> None:
+    """ImportError that says what to install, now and not after an hour of training."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise missing_extra(EXTRAS[module], "demo")
+
+
+def arguments(doc: str | None, *, out: str, minutes: float, prog: str | None = None, budget: str = "training budget") -> argparse.ArgumentParser:
+    """The options that all experiments have: --out, --minutes, --seed, --smoke."""
+    parser = argparse.ArgumentParser(prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=out, metavar="FOLDER", help="where checkpoints, results and figures go (default: %(default)s)")
+    parser.add_argument("--minutes", type=_minutes, default=minutes, metavar="M", help=f"{budget} (default: %(default)s)")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="S", help="of all that is drawn at random (default: %(default)s)")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model and a few updates, to see that everything runs: takes seconds")
+    return parser
+
+
+def results_save(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
+    """A JSON file, replaced whole; NaN is refused."""
+    replace_file(path, json.dumps(record, indent=1, allow_nan=False).encode())
+
+
+def figure_save(path: str | os.PathLike[str], figure: Any) -> None:
+    """A figure of matplotlib as .png, .svg or .pdf, replaced whole."""
+    data = io.BytesIO()
+    figure.savefig(data, format=os.path.splitext(path)[1].removeprefix("."))
+    replace_file(path, data.getvalue())
+
+
+def _minutes(text: str) -> float:
+    minutes = float(text)
+    if not 0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number of minutes, got {text}")
+    return minutes
+
+
+def _seed(text: str) -> int:
+    seed = int(text)
+    if seed < 0:
+        raise argparse.ArgumentTypeError(f"expected an integer ≥ 0, got {text}")
+    return seed

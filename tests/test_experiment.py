@@ -1,0 +1,246 @@
+"""Laws of training: an interruption changes nothing, whatever the moment, and what a run leaves behind is whole."""
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from refattn import experiment
+from refattn.experiment import Task, Training
+from refattn.losses import cross_entropy_backward, cross_entropy_forward
+from refattn.optim import clip_by_global_norm, radam_step
+from refattn.transformer import Config, transformer_backward, transformer_forward, transformer_init
+
+CONFIG = Config(vocabulary=5, length=6, width=4, heads=2, layers=1, feed_forward=6, attention="lsh-2")
+
+
+def tiny_task(seed: int = 5) -> Task:
+    """A model whose batches and hashes are random."""
+    def batch(update: int) -> Any:
+        rng = np.random.default_rng([seed, update])
+        return rng.integers(0, 5, (3, 7)), rng
+
+    def loss_and_grads(params: Any, batch: Any) -> Any:
+        logits, residuals = transformer_forward(params, batch[0][:, :-1], CONFIG, rng=batch[1])
+        loss, r_loss = cross_entropy_forward(logits, batch[0][:, 1:])
+        return loss, transformer_backward(cross_entropy_backward(1.0, r_loss), residuals)
+
+    def optimize(params: Any, grads: Any, slots: Any, update: int) -> Any:
+        return radam_step(params, clip_by_global_norm(grads, 1.0)[0], slots, learning_rate=1e-2 / (update + 1))
+
+    return Task({"seed": seed, "shape": (3, 7)}, batch, loss_and_grads, optimize)
+
+
+def begin(seed: int = 5) -> Training:
+    return experiment.training_init(transformer_init(np.random.default_rng(seed), CONFIG))
+
+
+def after(state: Training, updates: int) -> Training:
+    for _ in range(updates):
+        state = experiment.train_step(state, tiny_task())
+    return state
+
+
+def assert_same_training(a: Training, b: Training) -> None:
+    """Bit for bit, whatever the next update depends on."""
+    for one, other in ((a.params, b.params), (a.slots.mean, b.slots.mean), (a.slots.square, b.slots.square)):
+        assert list(one) == list(other)
+        for name in one:
+            assert one[name].dtype == other[name].dtype
+            assert one[name].tobytes() == other[name].tobytes(), name
+    assert (a.slots.steps, a.update, a.loss) == (b.slots.steps, b.update, b.loss)
+
+
+# --- an interruption changes nothing -----------------------------------------------------------------------------------------------------
+
+@given(at=st.integers(0, 9))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=10)
+def test_an_interruption_changes_nothing(tmp_path: Path, at: int) -> None:
+    part = after(begin(), at)._replace(seconds=1.5, history=({"update": 1, "loss": 0.1},))
+    experiment.training_save(tmp_path / "x", part, tiny_task())
+    loaded = experiment.training_load(tmp_path / "x", tiny_task())
+    assert_same_training(loaded, part)
+    assert (loaded.seconds, loaded.history) == (part.seconds, part.history)
+    assert_same_training(after(loaded, 9 - at), after(begin(), 9))
+
+
+def test_a_step_leaves_the_old_state_untouched() -> None:
+    state = after(begin(), 7)                                           # RAdam trusts its denominator from the sixth step on
+    assert_same_training(after(state, 3), after(state, 3))
+    assert state.params["head.weight"].tobytes() != after(state, 1).params["head.weight"].tobytes()
+
+
+DYING = """
+import os, signal, sys
+sys.path.insert(0, TESTS)
+from test_experiment import begin, tiny_task
+import test_experiment
+from refattn import checkpoint, experiment
+
+path, module, name, at = sys.argv[1:]
+module, calls = {"os": checkpoint.os, "test": test_experiment}[module], 0
+lives = getattr(module, name)
+
+def dies(*arguments, **options):
+    global calls
+    calls += 1
+    if calls == int(at):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return lives(*arguments, **options)
+
+setattr(module, name, dies)
+experiment.CHECKPOINT_SECONDS = 0
+start = experiment.training_open(path, tiny_task(), lambda: begin().params)
+experiment.train(path, tiny_task(), start, updates=9, measured=lambda update: update % 2 == 0)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+def test_a_killed_process_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    """Killed within an update, before the new file is whole, before and after it replaces the old one; then left alone."""
+    path, script = tmp_path / "deep" / "x.safetensors", DYING.replace("TESTS", repr(str(Path(__file__).parent)))
+    run = lambda *arguments: subprocess.run([sys.executable, "-c", script, str(path), *arguments], stdout=subprocess.DEVNULL).returncode
+    whole, reached = [after(begin(), i) for i in range(10)], 0
+    for module, name, at, gain in (("test", "radam_step", 3, 2), ("os", "fsync", 3, 1), ("os", "replace", 2, 1), ("os", "open", 2, 2)):
+        assert run(module, name, str(at)) == -signal.SIGKILL
+        reached += gain
+        assert_same_training(experiment.training_load(path, tiny_task()), whole[reached])
+    assert run("os", "replace", "99") == 0
+    state = experiment.training_load(path, tiny_task())
+    assert_same_training(state, whole[9])
+    assert [row["update"] for row in state.history] == [2, 4, 6, 8]
+    assert [row["loss"] for row in state.history] == [whole[i].loss for i in (2, 4, 6, 8)]
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, ZeroDivisionError])
+def test_whatever_ends_a_run_the_updates_that_it_made_are_kept(tmp_path: Path, end: type[BaseException]) -> None:
+    task, path = tiny_task(), tmp_path / "x"
+
+    def batch(update: int) -> Any:
+        if update == 3:
+            raise end
+        return task.batch(update)
+
+    with pytest.raises(end):
+        experiment.train(path, task._replace(batch=batch), begin(), updates=9)
+    assert_same_training(experiment.training_load(path, task), after(begin(), 3))
+
+
+def test_a_budget_of_seconds_counts_updates_alone_and_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(experiment.time, "perf_counter", lambda: clock[0])
+    step = experiment.train_step
+
+    def slow(state: Training, task: Task) -> Training:
+        clock[0] += 2.0
+        return step(state, task)
+
+    def measure(params: Any) -> dict[str, float]:
+        clock[0] += 100.0
+        return {"x": 1.0}
+
+    monkeypatch.setattr(experiment, "train_step", slow)
+    shown: list[Any] = []
+    go = lambda state, seconds: experiment.train(tmp_path / "x", tiny_task(), state, seconds=seconds, measure=measure,
+                                                 measured=lambda update: update == 2, show=shown.append)
+    state = go(begin(), 5.0)
+    assert (state.update, state.seconds) == (3, 6.0)
+    assert shown == [{"update": 2, "seconds": 4.0, "loss": after(begin(), 2).loss, "x": 1.0}] == list(state.history)
+    state = go(experiment.training_load(tmp_path / "x", tiny_task()), 10.0)
+    assert (state.update, state.seconds) == (5, 10.0)
+    assert_same_training(state, after(begin(), 5))
+
+
+def test_a_training_that_is_done_is_left_as_it_is(tmp_path: Path) -> None:
+    state = experiment.train(tmp_path / "x", tiny_task(), begin(), updates=2)
+    before = os.stat(tmp_path / "x").st_mtime_ns, (tmp_path / "x").read_bytes()
+    assert experiment.train(tmp_path / "x", tiny_task(), state, updates=2) is state
+    assert (os.stat(tmp_path / "x").st_mtime_ns, (tmp_path / "x").read_bytes()) == before
+
+
+def test_the_bar_shows_the_part_that_is_done_the_loss_and_the_remaining_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tqdm
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal, init = Terminal(), tqdm.tqdm.__init__
+    monkeypatch.setattr(tqdm.tqdm, "__init__", lambda bar, **options: init(bar, **options, file=terminal, mininterval=0, ncols=120))
+    experiment.train(tmp_path / "x", tiny_task(), after(begin(), 2), updates=4, loss="{:.2f} nats".format)
+    lines = [line for line in terminal.getvalue().split("\r") if line.strip()]
+    assert " 50%|" in lines[0] and " 75%|" in "".join(lines) and "100%|" in lines[-1]
+    assert f"update 4, {after(begin(), 4).loss:.2f} nats" in lines[-1] and "<00:00" in lines[-1]
+
+
+def test_the_loss_is_a_running_mean(tmp_path: Path) -> None:
+    losses = [float(tiny_task().loss_and_grads(after(begin(), i).params, tiny_task().batch(i))[0]) for i in range(3)]
+    assert after(begin(), 1).loss == losses[0]
+    assert after(begin(), 3).loss == pytest.approx(0.95 * (0.95 * losses[0] + 0.05 * losses[1]) + 0.05 * losses[2], rel=1e-15)
+
+
+# --- data, files, words ------------------------------------------------------------------------------------------------------------------
+
+@given(size=st.integers(1, 5), count=st.integers(5, 17), epoch=st.integers(0, 3), seed=st.integers(0, 99))
+def test_every_example_has_its_turn_at_most_once_an_epoch(size: int, count: int, epoch: int, seed: int) -> None:
+    parts = count // size
+    seen = [experiment.epoch_part(epoch * parts + i, size, count, seed) for i in range(parts)]
+    assert all(part.shape == (size,) for part in seen)
+    assert len(set(np.concatenate(seen).tolist())) == parts * size and set(np.concatenate(seen).tolist()) <= set(range(count))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    orders = [experiment.epoch_part(update, 20, 20, seed).tolist() for update, seed in ((0, 0), (1, 0), (0, 1))]
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_a_checkpoint_of_another_plan_is_refused_with_words(tmp_path: Path) -> None:
+    experiment.training_save(tmp_path / "x", begin(), tiny_task())
+    with pytest.raises(ValueError, match=r"x: a training with seed = 5 \(now 6\); ask for the same, name another folder by --out, or delete"):
+        experiment.training_load(tmp_path / "x", tiny_task(6))
+    with pytest.raises(ValueError, match=r"seed = 5 \(now None\), shape = \[3, 7\] \(now None\), new = None \(now 1\)"):
+        experiment.training_open(tmp_path / "x", tiny_task()._replace(plan={"new": 1}), dict)
+
+
+@pytest.mark.parametrize("budget", [{}, {"updates": 0}, {"seconds": -1.0}, {"seconds": math.nan}, {"updates": math.inf}])
+def test_a_training_without_an_end_is_refused(tmp_path: Path, budget: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="updates: expected a positive number of updates or of seconds, got updates = "):
+        experiment.train(tmp_path / "x", tiny_task(), begin(), **budget)
+
+
+def test_more_examples_than_there_are_cannot_be_asked_for() -> None:
+    for size in (0, 6):
+        with pytest.raises(ValueError, match=f"size: expected 1 to count = 5 examples for an update, got {size}"):
+            experiment.epoch_part(0, size, 5, 0)
+
+
+def test_results_are_json_and_whole(tmp_path: Path) -> None:
+    experiment.results_save(tmp_path / "r.json", {"x": [1, 0.1]})
+    with pytest.raises(ValueError, match="JSON"):
+        experiment.results_save(tmp_path / "r.json", {"x": math.nan})
+    assert json.loads((tmp_path / "r.json").read_text()) == {"x": [1, 0.1]}
+
+
+@pytest.mark.parametrize("options", [["--minutes", "0"], ["--minutes", "nan"], ["--minutes", "soon"], ["--seed", "-1"], ["--seed", "x"]])
+def test_options_that_mean_nothing_end_with_usage(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        experiment.arguments("what it does", prog="x", out="out", minutes=2).parse_args(options)
+    assert end.value.code == 2 and capsys.readouterr().err.startswith("usage: x")
+
+
+@pytest.mark.parametrize("module", ["tqdm", "safetensors"])
+def test_a_missing_extra_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"this needs {module}, which is not installed; install it with: pip install 'refattn\[demo\]'"):
+        experiment.train(tmp_path / "x", tiny_task(), begin(), updates=1)
