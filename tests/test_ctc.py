@@ -89,7 +89,8 @@ def budget(dtype, T, V, L, R):
     A = T * (R + math.log(3))
     paths = (T + 1) * (20 + 2 * A) + T * R
     totals = T * (R + V + 8 + 8 * math.log(V)) + T * T * math.log(V)
-    return Budget((paths + totals) * u, math.expm1(2 * u * R) + gamma(V + 20, dtype), math.expm1(2 * u * (2 * paths + 6 * A + R + 9)) + gamma(4 * L + 12, dtype))
+    return Budget((paths + totals) * u, math.expm1(2 * u * R) + gamma(V + 20, dtype),
+                  math.expm1(2 * u * (2 * paths + 6 * A + R + 9)) + gamma(4 * L + 12, dtype))
 
 
 def budget_of(c, b):
