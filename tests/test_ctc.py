@@ -256,6 +256,18 @@ def test_an_utterance_does_not_see_the_others(seed, dtype):
         assert_within(dlogits[b, :T], alone[0].astype(float), (budget_of(c, b).softmax + budget_of(c, b).posterior) * 2)
 
 
+def test_a_likely_utterance_that_ends_early_does_not_help_the_next():
+    """States of all utterances lie in one row: what has come to the end of the first must not go on as the start of the second, nor back."""
+    x = np.zeros((2, 5, 3))
+    x[:, :, 1] = np.array([[20.0], [-20.0]])
+    nll = [float(ctc_forward(x[b:b + 1, :T], np.array([[1]]))[0]) for b, T in enumerate((2, 5))]
+    for order in ([0, 1], [1, 0]):
+        loss, residuals = ctc_forward(x[order], np.array([[1], [1]]), frame_lengths=np.array([2, 5])[order])
+        assert_within(loss, sum(nll) / 2, 2 * budget(DTYPES[0], 5, 3, 1, 20).nll)
+        alone = ctc_backward(0.5, ctc_forward(x[1:], np.array([[1]]))[1])
+        assert_within(ctc_backward(1.0, residuals)[order.index(1)], alone[0], sum(budget(DTYPES[0], 5, 3, 1, 20)[1:]))
+
+
 @given(seeds, dtypes)
 def test_what_has_no_weight_changes_nothing(seed, dtype):
     c = case(seed, dtype, B=4, N=9, V=4, L=5)

@@ -23,7 +23,7 @@ import refattn
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "refattn"
 EXTRAS = {"sklearn", "matplotlib", "tqdm", "safetensors", "ml_dtypes", "cupy", "cupyx", "torch", "jax", "autograd", "onnx", "onnxruntime",
-          "mpi4py", "fast_transformers", "scipy", "numba", "threadpoolctl", "hypothesis", "pytest", "array_api_strict"}
+          "mpi4py", "fast_transformers", "rapidfuzz", "scipy", "numba", "threadpoolctl", "hypothesis", "pytest", "array_api_strict"}
 CORE = {"numpy", "threadpoolctl"}
 
 IMPORT_COST = 0.050   # seconds of processor time on top of NumPy's own import
