@@ -12,7 +12,7 @@ A start before them and an end behind them make it the same recursion for every 
 
     α_n(s) = e_n(s) + log( exp α_{n-1}(s) + exp α_{n-1}(s-1) + [s may be reached from s-2] exp α_{n-1}(s-2) )
 
-The gradient is derived below; the error budget stands with the laws in tests/test_ctc.py.
+Derivation, gradient and error budget: docs/derivations/ctc.md.
 
 Axes   B utterances · N frames · V symbols, the blank among them · L labels of a target · S = 2L + 3 states
 """
