@@ -18,8 +18,8 @@ from refattn.testing.nvrtc import ARCHS
 from refattn.testing.tensor_budget import tensor_budget
 
 KINDS = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-# Odd sizes; some tiles; two blocks of columns; the most features. What is mostly padding, 8 and 4, is in test_cuda.py.
-SIZES = [("float16", (37, 21)), ("bfloat16", (37, 21)), ("float16", (64, 64)), ("float16", (24, 100)), ("bfloat16", (128, 40))]
+# Odd sizes; some tiles; the most features and two blocks of columns. Tiles that are mostly padding, of 8 and 4, are in test_cuda.py.
+SIZES = [("float16", (37, 21)), ("bfloat16", (37, 21)), ("float16", (64, 64)), ("float16", (128, 100))]
 few = settings(max_examples=max(settings().max_examples // 4, 5))
 
 
@@ -218,7 +218,7 @@ def test_gradients_are_right_where_one_over_den_is_no_number_of_half(cp, dtype, 
 @pytest.mark.parametrize("dtype, D, M, N, G", [("float16", 64, 64, 96, 2), ("bfloat16", 64, 64, 64, 1), ("float16", 37, 21, 70, 2),
                                                ("bfloat16", 70, 100, 33, 1)])
 def test_audits_find_nothing(simt, dtype, D, M, N, G, rng):
-    q, k, v, S, z, *cotangents = problem(rng, KINDS[dtype], D, M, N, G=G)
+    q, k, v, S, z, *cotangents = problem(rng, KINDS[dtype], D, M, N, (), G=G)
     with simt.audit() as traffic, pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "group_rows", lambda heads, N: 32)
         run(simt, q, k, v, S, z, *cotangents, feature=1, normalised=True)
@@ -405,8 +405,8 @@ def test_each_planted_bug_is_caught(simt, bug, groups_of_64, monkeypatch, rng):
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", KINDS)
 def test_every_instance_compiles_spills_nothing_and_uses_tensor_cores(dtype, arch, wheels, monkeypatch):
-    """The larger sizes where the machine code is of another kind than that of the architectures before."""
-    sizes = [(64, 64, 1), *[(128, 128, 1), (100, 96, 0)] * ((arch, dtype) in (("sm_80", "float16"), ("sm_90", "bfloat16")))]
+    """The largest size, too, where it takes the most registers, and one without φ and normaliser."""
+    sizes = [(64, 64, 1), *{("sm_120", "bfloat16"): [(128, 128, 1)], ("sm_80", "float16"): [(100, 96, 0)]}.get((arch, dtype), [])]
     if not launch.tensor_fits(int(arch[3:]), dtype, 64, 64):
         assert (dtype, arch) == ("bfloat16", "sm_75")
         return
