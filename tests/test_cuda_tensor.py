@@ -333,7 +333,7 @@ PLANTED = {
     "no barrier between loading c φ(q) and products": (BOTH, *without_barrier("delta[(head + h) * N + start + t] : 0.f;", 6), "race"),
     "no barrier between scores and weights of dk": (BOTH, *without_barrier("whole<PQ>(qs + j * LDK + t, C * LDK);", 6), "race"),
     "no barrier between weights and products of dk": (BOTH, *without_barrier("r[t] += back * more;", 6), "race"),
-    "no barrier before the tiles lie over c φ(q)": (BOTH, *without_barrier("(near_v, weights_v, gs);", 6), "race"),
+    "no barrier before the tiles lie over c φ(q)": (BOTH, *without_barrier("(near_k, weights_k, qs);", 6), "race"),
     "the mask of the forward in the backward": (BOTH, "if (lane >= i)", "if (lane <= i)", "uninitialised"),
     "the mask hides the diagonal of dk": (BOTH, "if (lane >= i)", "if (lane > i)", "wrong"),
     "rows behind the last are written": (BOTH, "* DT || i >= g.last) continue", "* DT) continue", "out of bounds|race"),
@@ -405,14 +405,15 @@ def test_each_planted_bug_is_caught(simt, bug, groups_of_64, monkeypatch, rng):
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", KINDS)
 def test_every_instance_compiles_spills_nothing_and_uses_tensor_cores(dtype, arch, wheels, monkeypatch):
-    """The largest size, too, where it takes the most registers, and one without φ and normaliser."""
-    sizes = [(64, 64, 1), *{("sm_120", "bfloat16"): [(128, 128, 1)], ("sm_80", "float16"): [(100, 96, 0)]}.get((arch, dtype), [])]
+    """Where kernels take the most registers, the largest size, too, and no φ; and once neither φ nor normaliser."""
+    sizes = [(64, 64, 1, True), *{("sm_120", "bfloat16"): [(64, 64, 0, True), (128, 128, 1, True)],
+                                  ("sm_80", "float16"): [(100, 96, 0, False)]}.get((arch, dtype), [])]
     if not launch.tensor_fits(int(arch[3:]), dtype, 64, 64):
         assert (dtype, arch) == ("bfloat16", "sm_75")
         return
     compile_, made = wheels.nvrtc_compile, []
     monkeypatch.setattr(wheels, "nvrtc_compile", lambda *a, **options: made.append(compile_(*a, **options)) or made[-1])
-    instances = list(dict.fromkeys(x for D, M, feature in sizes for x in launch.instances(dtype, D, M, feature, bool(feature), True)))
+    instances = list(dict.fromkeys(x for size in sizes for x in launch.instances(dtype, *size, True)))
     for row in wheels.cuda_static_table(launch.source(True), instances, [arch]):                          # a warning is a RuntimeError
         assert row["spill_stores"] == row["spill_loads"] == row["stack"] == 0, row
         assert row["blocks"] >= (2 if ", 64, 64," in row["kernel"] and arch != "sm_75" else 1), row
