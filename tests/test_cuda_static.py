@@ -36,11 +36,14 @@ def test_no_kernel_adds_by_atomics_or_uses_local_memory(wheels):
 
 
 def test_traffic_stays_near_the_least(simt):
-    """Each input read once and each output written once: at most 1.75 times that forward, twice that backward, in ideal requests."""
-    for row in traffic_table():
-        if row["dtype"] == "float32":
-            assert row["ratio"] <= {"forward": 1.75, "backward": 2.0}[row["pass"]], row
-        assert row["sectors"] <= 1.01 and row["passes"] == 1.0, row
+    """Each input read once and each output written once: at most 1.75 times that forward, twice that backward, in ideal requests. Beside float16
+    the states, float32, weigh double: where groups have 512 positions, its forward is at 1.78."""
+    assert (launch.group_rows(32, 4096), launch.group_rows(64, 4096)) == (512, 1024)
+    for rows in (512, 1024):
+        for row in traffic_table(rows=rows):
+            forward = 1.78 if (row["dtype"], rows) == ("float16", 512) else 1.75
+            assert row["ratio"] <= {"forward": forward, "backward": 2.0}[row["pass"]], row
+            assert row["sectors"] <= 1.01 and row["passes"] == 1.0, row
 
 
 def test_one_long_sequence_fills_a_gpu():

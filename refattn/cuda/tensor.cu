@@ -578,10 +578,7 @@ group_dk_dv_tc(const T* __restrict__ q, const T* __restrict__ k, const T* __rest
         float mapped[4];
         four<D, 0>(kh, start + i, c, start + i < real_k, at[n][u]);
 #pragma unroll
-        for (int b = 0; b < 4; ++b) {
-          mapped[b] = start + i < real_k && c + b < D ? phi<FEATURE>(at[n][u][b]) : 0.f;
-          if (NORM) o_k[n][u][b] = r[c + b];
-        }
+        for (int b = 0; b < 4; ++b) mapped[b] = start + i < real_k && c + b < D ? phi<FEATURE>(at[n][u][b]) : 0.f;
         put_parts<PK>(ks + i * LDK + c, C * LDK, 1.f, mapped);
       }
     }
@@ -614,6 +611,11 @@ group_dk_dv_tc(const T* __restrict__ q, const T* __restrict__ k, const T* __rest
           add_product<Rows<T>, Columns<T>, PK, 2>(past_v[n], ks + i * LDK + d + w, LDK, C * LDK, parts + w * LDV + c, LDV, SLICE * LDV);
       }
     }
+    if (NORM)
+#pragma unroll
+      for (int n = 0; n < EACH_K; ++n)
+#pragma unroll
+        for (int b = 0; b < 4; ++b) o_k[n][0][b] = o_k[n][1][b] = r[(warp + n * WARPS) % DT * 16 + quad + b];
     add_tiles<DT>(o_k, stage, past_k, [&](int) { return 1 / raised; });
     add_tiles<MT>(o_v, stage, past_v, [&](int) { return 1 / raised; });
     for (int h = 0; h < shared; ++h) {
@@ -649,7 +651,7 @@ group_dk_dv_tc(const T* __restrict__ q, const T* __restrict__ k, const T* __rest
       if (NORM && t < D) r[t] += back * more;
       __syncthreads();
       Tile near_k[EACH_K], near_v[EACH_V];
-      near_tiles<D, PQ, true>(near_k, weights_k, qs), near_tiles<M, 1, true>(near_v, weights_v, gs);
+      near_tiles<M, 1, true>(near_v, weights_v, gs), near_tiles<D, PQ, true>(near_k, weights_k, qs);
       __syncthreads();
       add_tiles<DT>(o_k, stage, near_k, [&](int i) { return lowered[i]; });
       add_tiles<MT>(o_v, stage, near_v, [&](int i) { return lowered[C + i]; });
