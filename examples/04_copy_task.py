@@ -20,7 +20,7 @@ from refattn.transformer import Config, transformer_backward, transformer_forwar
 
 SYSTEMS, SYMBOLS, BATCH, EVERY = ("linear", "softmax", "lsh-1", "lsh-4"), 10, 64, 10
 # width, heads, layers and the longest w; the paper gives layers and heads, its authors' code heads of 32
-SCALES = {"small": (128, 8, 4, 63), "paper": (256, 8, 4, 63), "smoke": (16, 2, 2, 7)}
+SCALES = {"small": (128, 4, 2, 63), "paper": (256, 8, 4, 63), "smoke": (16, 2, 2, 7)}
 
 
 def copy_batch(rng: np.random.Generator, count: int, shortest: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
