@@ -98,7 +98,7 @@ def main() -> None:
         state = training_open(name(system, ".safetensors"), task, init)
         print(f"{system}: {sum(x.size for x in state.params.values()):,} weights, from update {state.update}", flush=True)
         state = train(name(system, ".safetensors"), task, state, measured=lambda update: update % EVERY == 0, **budget,
-                      measure=lambda params, config=config: copy_test(params, config, count), loss="loss {:.4f}".format)
+                      measure=lambda params, config=config: copy_test(params, config, count))
         results_save(name(system, ".json"), {"plan": task.plan, "updates": state.update, "seconds": state.seconds, "loss": state.loss,
                                              **copy_test(state.params, config, 4 * count), "history": state.history})
     results = {}

@@ -135,13 +135,14 @@ def chunked_backward(forward: Forward, backward: Backward, dout: np.ndarray, dst
 
         def back(rows: slice, S: np.ndarray, R: np.ndarray) -> np.ndarray:
             """R before `rows` from R behind them; S is the state before them."""
-            count = -(-(rows.stop - rows.start) // size)
-            if count <= 1:
+            if rows.stop - rows.start <= size:
                 R, *d = backward(np, states_one_by_one, S, R, *(_load(x, rows, chunk, S) for x in (dO, *X)))
                 for to, x in zip(dX, d, strict=True):
                     _store(to, rows, x)
                 return R
-            step = size * PARTS ** (_power(count) - 1)
+            step = size
+            while step * PARTS < rows.stop - rows.start:
+                step *= PARTS
             parts = [slice(a, min(a + step, rows.stop)) for a in range(rows.start, rows.stop, step)]
             before = [S]
             for part in parts[:-1]:
@@ -155,14 +156,6 @@ def chunked_backward(forward: Forward, backward: Backward, dout: np.ndarray, dst
 
     each_stack(work, S, chunk, *_views(k, q, dout), S, R, *_views(k, *inputs[1:], *gradients))
     return (*gradients, R)
-
-
-def _power(count: int) -> int:
-    """The least p with PARTS^p ≥ count."""
-    p = 0
-    while PARTS**p < count:
-        p += 1
-    return p
 
 
 def _start(k: np.ndarray, v: np.ndarray, state: np.ndarray | None) -> np.ndarray:

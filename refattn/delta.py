@@ -97,34 +97,15 @@ def delta_chunked_forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.nda
 
     Parameters
     ----------
-    q : (..., G·H, N, D)
-    k : (..., H, N, D)
-    v : (..., H, N, M)
-    g : None, (..., H, N) or (..., H, N, D)
-        Log decay: none (rule `delta`), one for each head or one for each key channel. 0 keeps the state, -inf forgets it.
+    q, k, v, g, state, chunk
+        As in `gated.gated_chunked_forward`; g is None for rule `delta`.
     beta : (..., H, N)
         How much of the error v - Pᵀ k is written.
-    state : (..., H, D, M), optional
-        S_0, what preceded position 0; zeros if None.
-    chunk : int
-        Positions per chunk, C, a power of two. Changes the order of summation, never the meaning.
 
     Returns
     -------
-    out : (..., G·H, N, M)
-    state : (..., H, D, M)
-    residuals : tuple
-        For `delta_chunked_backward`: the inputs, nothing more.
-
-    Raises
-    ------
-    ValueError, TypeError
-        "chunk: expected a power of two, got 48".
-
-    Notes
-    -----
-    Sums and products of decays are in the accumulator dtype (float32 for float16 and bfloat16). Shapes are not checked here: `recurrence`
-    does.
+    out, state, residuals
+        As there; so are what is raised and how numbers are rounded.
 
     >>> k, v, beta = np.array([[1.0, 0], [0, 1], [1, 0]]), np.array([[1.0], [2], [5]]), np.ones(3)
     >>> delta_chunked_forward(k, k, v, None, beta, chunk=2)[1].ravel()      # the last value under each key

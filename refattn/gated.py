@@ -66,13 +66,10 @@ def gated_chunked_forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.nda
 
     Parameters
     ----------
-    q : (..., G·H, N, D)
-    k : (..., H, N, D)
-    v : (..., H, N, M)
+    q, k, v, state
+        As in `causal.causal_chunked_forward`.
     g : (..., H, N) or (..., H, N, D)
         Log decay, one for each head or for each key channel. 0 keeps the state, -inf forgets it.
-    state : (..., H, D, M), optional
-        S_0, what preceded position 0; zeros if None.
     chunk : int
         Positions per chunk, C, a power of two. Changes the order of summation, never the meaning.
 

@@ -104,7 +104,7 @@ def lsh_forward(x: np.ndarray, v: np.ndarray, buckets: np.ndarray, *, causal: bo
 
     def work(x: Any, v: Any, buckets: Any, lengths: Any, out: Any, top: Any) -> None:
         p = _pairs(x.astype(acc), v.astype(acc), buckets, chunk, s, causal, lengths)
-        m = np.maximum(p.logits.max(-1, initial=-np.inf), -_huge(acc))                          # (h, R, T, C), finite
+        m = np.maximum(p.logits.max(-1, initial=-np.inf), np.finfo(acc).min)                    # (h, R, T, C), finite
         weights = np.exp(p.logits - m[..., None])
         z = _unsorted(m, p.place)                                                               # (h, R, N)
         total, sums = z.max(1, keepdims=True), _unsorted(weights.sum(-1), p.place)
@@ -229,7 +229,3 @@ def _each(work: Any, chunk: int, x: np.ndarray, v: np.ndarray, buckets: np.ndarr
     lengths = None if lengths is None else np.broadcast_to(lengths, x.shape[:-2])
     items = stacks(x.shape[:-2], x, v, buckets, lengths, *more, most=max(BUFFER_BYTES // (8 * one), 1))
     over_heads(work, list(items), 4.0 * x.size * R * chunk)
-
-
-def _huge(dtype: Any) -> float:
-    return float(np.finfo(dtype).max)

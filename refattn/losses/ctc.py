@@ -213,24 +213,10 @@ def ctc_beam_decode(logits: Array, *, width: int = 16, frame_lengths: Any = None
 
     Parameters
     ----------
-    logits : (B, N, V)
-        Unnormalised log-probabilities.
+    logits, frame_lengths, blank
+        As in `ctc_greedy_decode`; so are what is returned and raised.
     width : int
-        Prefixes kept. With as many as there are the result is the most probable sequence of all.
-    frame_lengths : (B,) integers, optional
-        How many frames are real; what lies behind is not read.
-    blank : int
-        The symbol that stands for no label.
-
-    Returns
-    -------
-    list of B integer arrays
-        NumPy's, each as long as what was read.
-
-    Raises
-    ------
-    ValueError
-        `logits: expected numbers, got NaN or inf in utterance 2, …`; shapes; lengths; a width below 1.
+        Prefixes kept, at least 1. With as many as there are the result is the most probable sequence of all.
 
     Notes
     -----
