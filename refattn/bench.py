@@ -110,7 +110,7 @@ def _attention_table(args: argparse.Namespace, peers: dict[str, Any]) -> list[di
                "N", "forward ms", "theirs ms", "faster", "fwd+bwd ms", "theirs ms", "faster", "SDPA fwd ms", "faster")
         for N in args.lengths:
             q, k, v, dout = _draw(args.heads, N, D, 4)
-            both = partial(_forward_and_backward, q, k, v, dout)
+            both = partial(_forward_and_backward, causal_linear_attention, dout, q, k, v)
             contest: Contest = {"forward": partial(causal_linear_attention, q, k, v), "both": both}
             if "fast_transformers" in peers:
                 theirs, theirs_both = _their_attention(peers, q, k, v, dout)
@@ -137,7 +137,7 @@ def _growth_table(args: argparse.Namespace) -> list[dict[str, Any]]:
         for n, (q, k, v, dout) in sizes.items():
             contest[f"bare {n}"] = partial(recurrence, q, k, v)
             contest[f"attention {n}"] = partial(causal_linear_attention, q, k, v)
-            contest[f"both {n}"] = partial(_forward_and_backward, q, k, v, dout)
+            contest[f"both {n}"] = partial(_forward_and_backward, causal_linear_attention, dout, q, k, v)
         t = _medians(contest, args.seconds)
         ratios = {name: t[f"{name} {2 * N}"] / t[f"{name} {N}"] for name in ("bare", "attention", "both")}
         rows.append({"N": N, **ratios})
@@ -215,9 +215,9 @@ def _rule_table(args: argparse.Namespace, peers: dict[str, Any]) -> list[dict[st
             for rule, channels in [(r, c) for r in args.rule for c in ([False, True] if "g" in RULES[r] else [None])]:
                 g = None if channels is None else -rng.random(k.shape if channels else k.shape[:-1], np.float32)
                 beta = rng.random(k.shape[:-1], np.float32) if "beta" in RULES[rule] else None
-                contest: Contest = {"linear": partial(recurrence, q, k, v), "linear both": partial(_rule_both, q, k, v, None, None, dout, "linear"),
+                contest: Contest = {"linear": partial(recurrence, q, k, v), "linear both": partial(_forward_and_backward, recurrence, dout, q, k, v),
                                     "forward": partial(recurrence, q, k, v, g, beta, rule=rule),
-                                    "both": partial(_rule_both, q, k, v, g, beta, dout, rule)}
+                                    "both": partial(_forward_and_backward, recurrence, dout, q, k, v, g, beta, rule=rule)}
                 if "onnxruntime" in peers:
                     theirs = contest["theirs"] = _their_rule(peers, q, k, v, g, beta, rule)
                     _check("com.microsoft.LinearAttention", contest["forward"](), theirs(), 8 * (N + D))
@@ -339,14 +339,8 @@ def _sdpa(peers: dict[str, Any], *arrays: np.ndarray) -> Callable[[], Any]:
 
 # --- small things ----------------------------------------------------------------------------------------------------------------------
 
-def _forward_and_backward(q: np.ndarray, k: np.ndarray, v: np.ndarray, dout: np.ndarray) -> tuple[np.ndarray, ...]:
-    (out, _), pullback = vjp(causal_linear_attention, q, k, v)
-    return out, *pullback(dout)
-
-
-def _rule_both(q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.ndarray | None, beta: np.ndarray | None, dout: np.ndarray,
-               rule: str) -> tuple[Any, ...]:
-    (out, _), pullback = vjp(recurrence, q, k, v, g, beta, rule=rule)
+def _forward_and_backward(f: Callable[..., Any], dout: np.ndarray, *arrays: np.ndarray | None, **options: Any) -> tuple[Any, ...]:
+    (out, _), pullback = vjp(f, *arrays, **options)
     return out, *pullback(dout)
 
 

@@ -390,7 +390,7 @@ def test_the_ends_of_the_uniform_numbers_give_the_ends_of_the_levels():
     (np.zeros((2, 3)), np.array([0, 0]), {"levels": 1}, ValueError, "levels: expected an integer ≥ 2, got 1"),
     (np.zeros((2, 3)), np.array([0, 0]), {"levels": 8.0}, TypeError, "levels: expected an integer"),
     (np.zeros((2, 3)), np.array([0, 0]), {"weights": np.ones(3)}, ValueError, r"weights: expected the shape of targets \(2,\), got \(3,\)"),
-    (np.zeros((2, 3)), np.array([0, 0]), {"weights": np.ones(2, "f4")}, TypeError, "params is float64 and weights is float32"),
+    (np.zeros((2, 3)), np.array([0, 0]), {"weights": np.ones(2, "f4")}, TypeError, "weights is float32 and params is float64"),
     (np.zeros((2, 3)), np.array([0, 0]), {"weights": np.array([1.0, -1.0])}, ValueError, "weights: expected finite numbers ≥ 0"),
 ])
 def test_what_is_wrong_is_said(params, targets, options, error, words):

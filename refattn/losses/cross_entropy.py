@@ -66,11 +66,8 @@ def cross_entropy_forward(logits: Array, targets: Array, *, weights: Array | Non
                          "one class for each position")
     work = accumulator(logits.dtype)
     z = logits.astype(work)                         # a copy: all that follows happens in it
-    if weights is None:
-        share = xp.full(targets.shape, 1 / max(targets.size, 1), work)
-        kept = None
-    else:
-        share, kept = _shares(xp, weights, targets, logits)
+    share, kept = shares(xp, weights, tuple(targets.shape), logits=logits)
+    if kept is not None:
         z = xp.where(kept[..., None], z, xp.zeros((), work))
     check_indices("targets", targets, logits.shape[-1], "target", "V", kept)
     at = (targets if kept is None else xp.where(kept, targets, 0))[..., None]
@@ -126,15 +123,19 @@ def bits(nats: Any) -> Any:
     return nats / math.log(2)
 
 
-def _shares(xp: Any, weights: Array, targets: Array, logits: Array) -> tuple[Array, Array]:
-    """w_i / Σ w in the accumulator's dtype, and where it is not 0."""
-    if tuple(weights.shape) != tuple(targets.shape):
-        raise ValueError(f"weights: expected the shape of targets {tuple(targets.shape)}, got {tuple(weights.shape)}")
-    if weights.dtype.kind not in "biu" and weights.dtype != logits.dtype:
-        raise TypeError(f"weights is {dtype_name(weights)} and logits is {dtype_name(logits)}; cast one of them, nothing is cast silently")
+def shares(xp: Any, weights: Array | None, shape: tuple[int, ...], **predictions: Array) -> tuple[Array, Array | None]:
+    """w_i / Σ w in the accumulator's dtype, and where it is not 0: equal shares and None without weights. For all losses; `predictions` is the
+    one array whose dtype the weights share, by its name."""
+    (name, x), = predictions.items()
+    work = accumulator(x.dtype)
+    if weights is None:
+        return xp.full(shape, 1 / max(math.prod(shape), 1), work), None
+    if tuple(weights.shape) != shape:
+        raise ValueError(f"weights: expected the shape of targets {shape}, got {tuple(weights.shape)}")
+    if weights.dtype.kind not in "biu" and weights.dtype != x.dtype:
+        raise TypeError(f"weights is {dtype_name(weights)} and {name} is {dtype_name(x)}; cast one of them, nothing is cast silently")
     wide = weights.astype(xp.float64)
     if wide.size and not (wide.min() >= 0 and xp.isfinite(wide.max())):
         raise ValueError(f"weights: expected finite numbers ≥ 0, got values from {wide.min()} to {wide.max()}")
     total = wide.sum()
-    kept = wide > 0
-    return (wide / (total if total > 0 else 1)).astype(accumulator(logits.dtype)), kept
+    return (wide / (total if total > 0 else 1)).astype(work), wide > 0

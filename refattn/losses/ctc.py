@@ -25,7 +25,7 @@ import numpy as np
 
 from .._array import Array, accumulator, check_dtypes, check_lengths, check_positive, check_shape, missing_extra, namespace, on_host
 from ..layers import check_indices, keep_real
-from .cross_entropy import _shares
+from .cross_entropy import shares
 
 Residuals = tuple[Any, ...]
 
@@ -93,11 +93,10 @@ def ctc_forward(logits: Array, targets: Array, *, frame_lengths: Any = None, tar
     work, labels = accumulator(logits.dtype), on_host(targets)
     counts = check_lengths("target_lengths", target_lengths, (B,), targets.shape[1], "L")
     counts = np.full(B, targets.shape[1]) if counts is None else counts
-    if weights is None:
-        share = xp.full((B,), 1 / max(B, 1), work)
-    else:
+    if weights is not None:
         check_shape("weights", weights, "(B,)", (B,), "one weight for each utterance")
-        share, kept = _shares(xp, weights, weights, logits)
+    share, kept = shares(xp, weights, (B,), logits=logits)
+    if kept is not None:
         frames, counts = (np.where(on_host(kept), n, 0) for n in (frames, counts))     # an empty target without frames: probability 1
     _check_targets(labels, counts, frames, V, blank)
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from .._array import Array, accumulator, check_dtypes, check_positive, namespace
 from ..layers import check_indices
-from .cross_entropy import Residuals, _shares
+from .cross_entropy import Residuals, shares
 
 
 def logistic_mixture_forward(params: Array, targets: Array, *, levels: int = 256, weights: Array | None = None) -> tuple[Any, Residuals]:
@@ -76,13 +76,8 @@ def logistic_mixture_forward(params: Array, targets: Array, *, levels: int = 256
                          "one level for each position")
     work = accumulator(params.dtype)
     x = params.astype(work)
-    if weights is None:
-        share = xp.full(targets.shape, 1 / max(targets.size, 1), work)
-        kept = None
-    else:
-        if weights.dtype.kind not in "biu":
-            check_dtypes(params=params, weights=weights)
-        share, kept = _shares(xp, weights, targets, params)
+    share, kept = shares(xp, weights, tuple(targets.shape), params=params)
+    if kept is not None:
         x = xp.where(kept[..., None], x, xp.zeros((), work))
     check_indices("targets", targets, V, "target", "levels", kept)
     t = (targets if kept is None else xp.where(kept, targets, 0)).astype(xp.int64)     # t + 1 is to fit
