@@ -71,7 +71,7 @@ def figure(path: str, results: dict[str, Any]) -> None:
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(10, 4), layout="constrained")
-    for ax, x, label in zip(drawn.subplots(1, 2, sharey=True), ("update", "seconds"), ("updates", "minutes of training"), strict=True):
+    for ax, x, label in zip(drawn.subplots(1, 2, sharey=True), ("update", "seconds"), ("updates", "minutes of processor time"), strict=True):
         for system in results:
             rows = results[system]["history"]
             ax.semilogy([row[x] / (60 if x == "seconds" else 1) for row in rows], [row["loss"] for row in rows], label=system,
@@ -84,7 +84,7 @@ def figure(path: str, results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__, out=os.path.join("out", "copy"), minutes=45.0, budget="training budget of each system")
+    parser = arguments(__doc__, out=os.path.join("out", "copy"), minutes=90.0)
     parser.add_argument("--system", choices=SYSTEMS, action="append", help="train this one; may be repeated (default: all, one after another)")
     parser.add_argument("--scale", choices=("small", "paper"), default="small", help="size of the models (default: %(default)s)")
     chosen = parser.parse_args()

@@ -29,6 +29,7 @@ Params = dict[str, np.ndarray]
 Row = dict[str, float]
 
 CHECKPOINT_SECONDS = 60.0
+BUDGET = "training budget in minutes of processor time, of which two busy cores use up two a minute"
 LOSS_MEMORY = 0.95                # the loss that is shown is a running mean of about the last 20
 
 
@@ -48,7 +49,7 @@ class Training(NamedTuple):
     slots: AdamSlots
     update: int = 0
     loss: float | None = None         # a running mean
-    seconds: float = 0.0              # spent on updates so far, over all runs
+    seconds: float = 0.0              # of processor time spent on updates so far, over all runs
     history: tuple[Row, ...] = ()
 
 
@@ -132,7 +133,8 @@ def train(path: str | os.PathLike[str], task: Task, state: Training, *, updates:
     state : Training
         From `training_open`.
     updates, seconds
-        At least one of them; they count what earlier runs did. The last update may go over the time.
+        At least one of them; they count what earlier runs did. Seconds are processor time, of all threads together: so much work, whatever
+        else the machine has to do; two busy cores use up two a second. The last update may go over the time.
     measure
         A function of the parameters: numbers for the row of an update for which `measured` is true. Rows have "update", "seconds" and "loss"
         too, and stay in `history`. Its time is not counted.
@@ -166,9 +168,9 @@ def train(path: str | os.PathLike[str], task: Task, state: Training, *, updates:
               leave=False) as bar:
         try:
             while state.update < updates and state.seconds < seconds:
-                start = time.perf_counter()
+                start = time.process_time()
                 new = train_step(state, task)
-                new = new._replace(seconds=new.seconds + time.perf_counter() - start)
+                new = new._replace(seconds=new.seconds + time.process_time() - start)
                 assert new.loss is not None
                 words = f"update {new.update}, {loss(new.loss)}"
                 if measured(new.update):
@@ -200,7 +202,8 @@ def require_extras(*modules: str) -> None:
             raise missing_extra(EXTRAS[module], "demo")
 
 
-def arguments(doc: str | None, *, out: str, minutes: float, prog: str | None = None, budget: str = "training budget") -> argparse.ArgumentParser:
+def arguments(doc: str | None, *, out: str, minutes: float, prog: str | None = None,
+              budget: str = BUDGET) -> argparse.ArgumentParser:
     """The options that all experiments have: --out, --minutes, --seed, --smoke."""
     parser = argparse.ArgumentParser(prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=out, metavar="FOLDER", help="where checkpoints, results and figures go (default: %(default)s)")

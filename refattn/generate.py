@@ -6,6 +6,8 @@ Axes   B sequences side by side · P positions of the prompt · V vocabulary
 """
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
 from ._array import check_number
@@ -13,8 +15,14 @@ from .layers import Params, attention_rounds
 from .transformer import Config, transformer_forward, transformer_prefill, transformer_step
 
 
+class Draw(Protocol):
+    """How the head's numbers become tokens: `sample`, or `logistic_mixture_sample`."""
+
+    def __call__(self, logits: np.ndarray, rng: np.random.Generator, /, *, temperature: float) -> np.ndarray: ...
+
+
 def generate(params: Params, config: Config, prompt: np.ndarray, count: int, rng: np.random.Generator, *,
-             temperature: float = 1.0) -> np.ndarray:
+             temperature: float = 1.0, draw: Draw | None = None) -> np.ndarray:
     """Continue prompts by `count` tokens each: `transformer_prefill`, then `transformer_step`.
 
     Parameters
@@ -30,6 +38,9 @@ def generate(params: Params, config: Config, prompt: np.ndarray, count: int, rng
         One uniform number is drawn for each new token.
     temperature : float
         T ≥ 0; 0 takes the most likely token (the first of equals).
+    draw
+        A function of the head's numbers (B, V), `rng` and `temperature` that gives (B,) integers; `sample` if None.
+        `refattn.losses.logistic_mixture_sample` is one for images.
 
     Returns
     -------
@@ -55,18 +66,18 @@ def generate(params: Params, config: Config, prompt: np.ndarray, count: int, rng
     >>> generate(params, config, np.array([[1, 2], [3, 4]]), 5, np.random.default_rng(0)).shape
     (2, 7)
     """
-    tokens, P = _room(config, prompt, count), prompt.shape[1]
+    tokens, P, draw = _room(config, prompt, count), prompt.shape[1], draw or sample
     logits, state = transformer_prefill(params, prompt, config)
     logits_t = logits[:, -1]
     for position in range(P, P + count):
         if position > P:
             logits_t, state = transformer_step(params, tokens[:, position - 1], state, config)
-        tokens[:, position] = sample(logits_t, rng, temperature=temperature)
+        tokens[:, position] = draw(logits_t, rng, temperature=temperature)
     return tokens
 
 
 def generate_recomputed(params: Params, config: Config, prompt: np.ndarray, count: int, rng: np.random.Generator, *,
-                        temperature: float = 1.0) -> np.ndarray:
+                        temperature: float = 1.0, draw: Draw | None = None) -> np.ndarray:
     """What `generate` gives, but reading the whole prefix anew for each token, as a model without a state has to.
 
     So were the `softmax` rows of the paper's tables 1 and 2 timed.
@@ -86,12 +97,12 @@ def generate_recomputed(params: Params, config: Config, prompt: np.ndarray, coun
     >>> generate_recomputed(params, config, np.array([[1, 2], [3, 4]]), 5, np.random.default_rng(0)).shape
     (2, 7)
     """
-    tokens, P = _room(config, prompt, count), prompt.shape[1]
+    tokens, P, draw = _room(config, prompt, count), prompt.shape[1], draw or sample
     for position in range(P, P + count):
         prefix = tokens[:, :position]
         logits, _ = (transformer_forward(params, prefix, config, rng=rng) if attention_rounds(config.attention) else
                      transformer_prefill(params, prefix, config))
-        tokens[:, position] = sample(logits[:, -1], rng, temperature=temperature)
+        tokens[:, position] = draw(logits[:, -1], rng, temperature=temperature)
     return tokens
 
 

@@ -1,6 +1,6 @@
-"""The smallest useful model: tokens in, logits out, with its backward, and the recurrent twin that reads the same parameters.
+"""The smallest useful model: tokens or vectors in, logits out, with its backward, and the recurrent twin that reads the same parameters.
 
-    x = W_token[token] + P[position]
+    x = W_token[token] + P[position]       (with `features`: x = input W_input + b_input + P[position])
     x = x + attention(norm(x))          }  for every layer; with norm="post"  x = norm(x + attention(x))
     x = x + feed_forward(norm(x))       }                                     x = norm(x + feed_forward(x))     (eq. 20 of the paper)
     logits = norm(x) W_head + b_head       (the last norm with norm="pre" only)
@@ -33,6 +33,7 @@ class Config(NamedTuple):
     """What the parameters do not say.
 
     vocabulary, length : V tokens; at most `length` positions (learned positions only, sinusoidal ones have no end)
+    features : 0, or the model reads vectors of so many numbers instead of tokens;  outputs : 0, or the head gives so many numbers instead of V
     width, heads, layers, feed_forward : E, H (a divisor of E), the number of blocks, the inner width of their feed-forward
     attention : "linear", "softmax" or "lsh-R", the Reformer's with R rounds of hashing;  feature_map : φ of linear attention
     norm : "pre" or "post";  causal : position i sees positions ≤ i only
@@ -51,6 +52,8 @@ class Config(NamedTuple):
     causal: bool = True
     positions: str = "learned"
     activation: str = "gelu"
+    features: int = 0
+    outputs: int = 0
 
 
 class TransformerState(NamedTuple):
@@ -84,8 +87,11 @@ def transformer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     check_choice("norm", config.norm, ("pre", "post"))
     check_choice("positions", config.positions, ("learned", "sinusoidal"))
     check_choice("activation", config.activation, tuple(layers.ACTIVATIONS))
+    for name in ("features", "outputs"):
+        if getattr(config, name) != 0:
+            check_positive(name, getattr(config, name))
     E, F, V = config.width, config.feed_forward, config.vocabulary
-    shapes: dict[str, tuple[int, ...]] = {"token.weight": (V, E)}
+    shapes: dict[str, tuple[int, ...]] = _affine_shapes("input", config.features, E) if config.features else {"token.weight": (V, E)}
     if config.positions == "learned":
         shapes["positions.weight"] = (config.length, E)
     for i in range(config.layers):
@@ -96,7 +102,7 @@ def transformer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         shapes |= _affine_shapes(f"blocks.{i}.feed_forward.in", E, F) | _affine_shapes(f"blocks.{i}.feed_forward.out", F, E)
     if config.norm == "pre":
         shapes |= _affine_shapes("norm", E)
-    return shapes | _affine_shapes("head", E, V)
+    return shapes | _affine_shapes("head", E, config.outputs or V)
 
 
 def transformer_init(rng: np.random.Generator, config: Config, dtype: Any = np.float32) -> Grads:
@@ -138,7 +144,7 @@ def transformer_init(rng: np.random.Generator, config: Config, dtype: Any = np.f
 
 # --- whole sequences ---------------------------------------------------------------------------------------------------------------------
 
-def transformer_forward(params: Params, tokens: Array, config: Config, *, lengths: Any = None,
+def transformer_forward(params: Params, inputs: Array, config: Config, *, lengths: Any = None,
                         rng: np.random.Generator | None = None) -> tuple[Array, Residuals]:
     """Logits for every position of whole sequences.
 
@@ -146,10 +152,11 @@ def transformer_forward(params: Params, tokens: Array, config: Config, *, length
     ----------
     params : dict
         From `transformer_init`, of this configuration.
-    tokens : (..., N) integers
+    inputs : (..., N) integers, or (..., N, features)
+        Tokens; vectors in the parameters' dtype if config.features > 0.
     config : Config
     lengths : integers (...), optional
-        How many positions of each sequence are real. Logits of the others are zeros; what tokens stand there does not matter.
+        How many positions of each sequence are real. Logits of the others are zeros; what stands there (NaN too) does not matter.
     rng : numpy.random.Generator, optional
         Needed by attention "lsh-R" and by nothing else: each layer draws its rotations from it. To hash anew in each update, and the same
         again after an interruption, give update i `numpy.random.default_rng([seed, i])`.
@@ -166,9 +173,10 @@ def transformer_forward(params: Params, tokens: Array, config: Config, *, length
     ------
     ValueError
         `params: expected 'head.bias' = (10,), got (8,): …`, missing or foreign keys; `tokens: expected 0 ≤ token < V = 10, …`;
+        `inputs: expected (..., N, features) = (..., 40), got (2, 9, 39)`;
         more positions than `config.length` with learned positions; `rng: expected a numpy.random.Generator, got None; …`.
     TypeError
-        Parameters of several dtypes; tokens that are not integers.
+        Parameters of several dtypes; tokens that are not integers, or vectors in another dtype than the parameters.
 
     Notes
     -----
@@ -183,11 +191,10 @@ def transformer_forward(params: Params, tokens: Array, config: Config, *, length
     (1, 3, 10)
     """
     _check_params(params, config)
-    xp = namespace(tokens=tokens)
-    _check_tokens(tokens, 1, "(..., N)")
-    real = real_positions(xp, "lengths", lengths, tokens.shape)
-    tokens = keep_real(xp, real, tokens)
-    x, r_token = layers.embedding_forward(tokens, params["token.weight"])
+    xp = namespace(inputs=inputs)
+    shape = _check_inputs(params, inputs, config, ("N",))
+    real = real_positions(xp, "lengths", lengths, shape)
+    x, r_read = _read_forward(params, keep_real(xp, real, inputs), config)
     x, r_positions = _positions_forward(params, x, config, 0)
     r_blocks = []
     for i in range(config.layers):
@@ -202,7 +209,7 @@ def transformer_forward(params: Params, tokens: Array, config: Config, *, length
     if config.norm == "pre":
         x, r_norm = layers.layer_norm_forward(x, *affine_params(params, "norm"))
     logits, r_head = layers.affine_forward(x, *affine_params(params, "head"))
-    return keep_real(xp, real, logits), (config, real, r_token, r_positions, r_blocks, r_norm, r_head)
+    return keep_real(xp, real, logits), (config, real, r_read, r_positions, r_blocks, r_norm, r_head)
 
 
 def transformer_backward(dlogits: Array, residuals: Residuals) -> Grads:
@@ -231,7 +238,7 @@ def transformer_backward(dlogits: Array, residuals: Residuals) -> Grads:
     >>> list(grads) == list(params), grads["head.bias"].tolist()[:2]
     (True, [3.0, 3.0])
     """
-    config, real, r_token, r_positions, r_blocks, r_norm, (x_head, w_head) = residuals
+    config, real, r_read, r_positions, r_blocks, r_norm, (x_head, w_head) = residuals
     layers.check_dout(dlogits, (*x_head.shape[:-1], w_head.shape[1]), x_head)
     xp = namespace(dlogits=dlogits)
     grads: Grads = {}
@@ -244,19 +251,22 @@ def transformer_backward(dlogits: Array, residuals: Residuals) -> Grads:
         dx = _around_backward(grads, f"blocks.{i}.attention", dx, config, r_attention, layers.attention_backward)
     if r_positions is not None:
         dx, grads["positions.weight"] = layers.positions_backward(dx, r_positions)
-    grads["token.weight"] = layers.embedding_backward(dx, r_token)
+    if config.features:
+        _, grads["input.weight"], grads["input.bias"] = layers.affine_backward(dx, r_read)
+    else:
+        grads["token.weight"] = layers.embedding_backward(dx, r_read)
     return {key: grads[key] for key in transformer_shapes(config)}
 
 
 # --- the recurrent twin ------------------------------------------------------------------------------------------------------------------
 
-def transformer_prefill(params: Params, tokens: Array, config: Config) -> tuple[Array, TransformerState]:
+def transformer_prefill(params: Params, inputs: Array, config: Config) -> tuple[Array, TransformerState]:
     """The logits of `transformer_forward` for a whole prefix, and the state from which `transformer_step` goes on. Keeps no residuals.
 
     Parameters
     ----------
     params : dict
-    tokens : (..., N) integers
+    inputs : (..., N) integers, or (..., N, features)
         All of one length; N = 0 gives the state of `transformer_step_init`.
     config : Config
         Causal.
@@ -281,10 +291,10 @@ def transformer_prefill(params: Params, tokens: Array, config: Config) -> tuple[
     """
     _check_params(params, config)
     _check_recurrent(config)
-    _check_tokens(tokens, 1, "(..., N)")
-    x, _ = layers.embedding_forward(tokens, params["token.weight"])
+    shape = _check_inputs(params, inputs, config, ("N",))
+    x, _ = _read_forward(params, inputs, config)
     x, _ = _positions_forward(params, x, config, 0)
-    return _decode(params, x, config, tokens.shape[-1], lambda name, y, i: layers.attention_prefill(params, name, y, **_heads(config)))
+    return _decode(params, x, config, shape[-1], lambda name, y, i: layers.attention_prefill(params, name, y, **_heads(config)))
 
 
 def transformer_step_init(config: Config, batch: int, dtype: Any = np.float32) -> TransformerState:
@@ -315,13 +325,13 @@ def transformer_step_init(config: Config, batch: int, dtype: Any = np.float32) -
     return TransformerState(0, tuple(layers.attention_init((batch,), config.width, dtype, **_heads(config)) for _ in range(config.layers)))
 
 
-def transformer_step(params: Params, token_t: Array, state: TransformerState, config: Config) -> tuple[Array, TransformerState]:
-    """Read one token for each sequence and predict what follows it (eq. 16-20 of the paper, for every layer).
+def transformer_step(params: Params, input_t: Array, state: TransformerState, config: Config) -> tuple[Array, TransformerState]:
+    """Read one token, or one vector, for each sequence and predict what follows it (eq. 16-20 of the paper, for every layer).
 
     Parameters
     ----------
     params : dict
-    token_t : (...) integers
+    input_t : (...) integers, or (..., features)
     state : TransformerState
         From `transformer_step_init`, `transformer_prefill` or the step before. It is left as it was: go back to it to try another token.
     config : Config
@@ -348,8 +358,8 @@ def transformer_step(params: Params, token_t: Array, state: TransformerState, co
     if len(state.layers) != config.layers:
         raise ValueError(f"state: expected the states of layers = {config.layers} layers, got {len(state.layers)}; make it with this "
                          "config")
-    _check_tokens(token_t, 0, "(...)")
-    x, _ = layers.embedding_forward(token_t, params["token.weight"])
+    _check_inputs(params, input_t, config, ())
+    x, _ = _read_forward(params, input_t, config)
     x, _ = _positions_forward(params, x[..., None, :], config, state.position)
     return _decode(params, x[..., 0, :], config, state.position + 1,
                    lambda name, y, i: layers.attention_step(params, name, y, state.layers[i], **_heads(config)))
@@ -403,6 +413,12 @@ def _around_backward(grads: Grads, name: str, dout: Array, config: Config, resid
     return dx
 
 
+def _read_forward(params: Params, inputs: Array, config: Config) -> tuple[Array, Residuals]:
+    if config.features:
+        return layers.affine_forward(inputs, *affine_params(params, "input"))
+    return layers.embedding_forward(inputs, params["token.weight"])
+
+
 def _positions_forward(params: Params, x: Array, config: Config, start: int) -> tuple[Array, Residuals | None]:
     if config.positions == "learned":
         return layers.positions_forward(x, params["positions.weight"], start=start)
@@ -432,9 +448,17 @@ def _check_params(params: Params, config: Config) -> None:
                     "initialise or load with this very configuration")
 
 
-def _check_tokens(tokens: Array, least: int, axes: str) -> None:
-    if tokens.ndim < least:
-        raise ValueError(f"tokens: expected {axes}, got {tuple(tokens.shape)}")
+def _check_inputs(params: Params, inputs: Array, config: Config, axes: tuple[str, ...]) -> tuple[int, ...]:
+    """The axes of the tokens, or of the vectors without their own: what comes before, and `axes`."""
+    named = ", ".join(("...", *axes))
+    if not config.features:
+        if inputs.ndim < len(axes):
+            raise ValueError(f"tokens: expected ({named}), got {tuple(inputs.shape)}")
+        return tuple(inputs.shape)
+    if inputs.ndim < len(axes) + 1 or inputs.shape[-1] != config.features:
+        raise ValueError(f"inputs: expected ({named}, features) = (..., {config.features}), got {tuple(inputs.shape)}")
+    check_dtypes(inputs=inputs, **{"params['input.weight']": params["input.weight"]})
+    return tuple(inputs.shape[:-1])
 
 
 def _check_recurrent(config: Config) -> None:

@@ -7,13 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refattn.generate import generate, generate_recomputed, sample
+from refattn.losses import logistic_mixture_sample
 from refattn.transformer import Config, transformer_forward, transformer_init
 
 seeds = st.integers(0, 2**32 - 1)
 configs = st.builds(Config, vocabulary=st.just(7), length=st.just(12), width=st.just(4), heads=st.just(2), layers=st.integers(1, 2),
                     feed_forward=st.just(5), attention=st.sampled_from(["linear", "softmax"]),
                     positions=st.sampled_from(["learned", "sinusoidal"]), feature_map=st.just("elu1"),
-                    norm=st.sampled_from(["pre", "post"]), causal=st.just(True), activation=st.sampled_from(["gelu", "relu"]))
+                    norm=st.sampled_from(["pre", "post"]), causal=st.just(True), activation=st.sampled_from(["gelu", "relu"]),
+                    features=st.just(0), outputs=st.just(0))
 
 
 @given(seeds, configs, st.integers(1, 5), st.integers(0, 6), st.sampled_from([0.0, 0.5, 1.0]))
@@ -44,6 +46,21 @@ def test_lsh_attention_is_recomputed_with_hashes_of_the_same_generator(rng):
         np.testing.assert_array_equal(tokens[:, i], sample(logits[:, -1], again))
     with pytest.raises(ValueError, match="got 'lsh-2', which sorts whole sequences .* as generate_recomputed does"):
         generate(params, config, prompt, 6, rng)
+
+
+def test_images_are_drawn_from_the_mixtures_of_the_head():
+    """With and without the recurrence, and what is read next is what was drawn."""
+    config = Config(257, 9, 8, 2, 1, 16, outputs=6)
+    params = transformer_init(np.random.default_rng(0), config, np.float64)
+    prompt = np.full((4, 1), 256)
+    tokens = generate(params, config, prompt, 9, np.random.default_rng(1), temperature=0.8, draw=logistic_mixture_sample)
+    np.testing.assert_array_equal(tokens, generate_recomputed(params, config, prompt, 9, np.random.default_rng(1), temperature=0.8,
+                                                              draw=logistic_mixture_sample))
+    assert tokens[:, 1:].max() <= 255 and len(np.unique(tokens[:, 1:])) > 9
+    rng = np.random.default_rng(1)
+    for i in range(1, 10):
+        mixtures = transformer_forward(params, tokens[:, :i], config)[0][:, -1]
+        np.testing.assert_array_equal(tokens[:, i], logistic_mixture_sample(mixtures, rng, temperature=0.8))
 
 
 def test_one_seed_gives_one_text_and_the_prompt_is_left_alone():

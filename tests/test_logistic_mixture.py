@@ -68,14 +68,15 @@ def exact_nats(row, t, V):
 def exact(params, targets, V):
     """(nats, their gradients) of each position, as float64, the gradients by central differences.
 
-    Their step is 30 digits below the narrowest scale, so what they leave out is of relative size 1e-60; they round to 1e-130 of the nats, NOISE.
+    Their step is 30 digits below the narrowest scale, so what they leave out is of relative size 1e-60; nats down to the smallest number of
+    float64 keep 150 digits: they are the logarithm of a number as near to 1. Differences of them keep 120, NOISE.
     """
     nll, gradient = np.zeros(targets.shape), np.zeros(params.shape)
     for at in np.ndindex(targets.shape):
         row = [Decimal(float(x)) for x in params[at]]
         scales = [float(x) for x in params[at][2 * len(row) // 3:]]
         extent = sum(math.ceil(abs(s) / 2) for s in scales)
-        with decimal.localcontext(decimal.Context(prec=160 + 3 * extent, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN)):
+        with decimal.localcontext(decimal.Context(prec=480 + 3 * extent, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN)):
             step = Decimal(10) ** (-30 - extent)
             nll[at] = float(exact_nats(row, int(targets[at]), V))
             for i in range(len(row)):
@@ -370,6 +371,22 @@ def test_a_seed_fixes_what_is_drawn_and_one_call_draws_two_numbers_for_each_posi
     assert used.random() == ahead.random()
     one = logistic_mixture_sample(params[0, 0], np.random.default_rng(1))
     assert isinstance(one, np.ndarray) and one.shape == () and logistic_mixture_sample(params[:0], rng).shape == (0, 6)
+
+
+@pytest.mark.parametrize("T", [0.25, 0.7, 2.0])
+def test_temperature_divides_the_logits_and_multiplies_the_scales(rng, T):
+    params = case(6, np.dtype(np.float64), (200,), 3, 256)[0]
+    warmed = params.copy()
+    warmed[:, :3] /= T
+    warmed[:, 6:] += math.log(T)
+    drawn = logistic_mixture_sample(params, np.random.default_rng(3), temperature=T)
+    np.testing.assert_array_equal(drawn, logistic_mixture_sample(warmed, np.random.default_rng(3)))
+    assert (drawn != logistic_mixture_sample(params, np.random.default_rng(3))).any()
+
+
+def test_at_temperature_zero_the_mean_of_the_likeliest_is_drawn():
+    params = np.array([[1.0, 2.0, 2.0, -1.0, 1 / 255, 0.5, 0.0, 900.0, 0.0], [0.0, -np.inf, -1.0, -3.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    assert logistic_mixture_sample(params, np.random.default_rng(0), temperature=0).tolist() == [128, 0]
 
 
 def test_the_ends_of_the_uniform_numbers_give_the_ends_of_the_levels():

@@ -33,7 +33,8 @@ configs = st.builds(Config, vocabulary=st.just(7), length=st.just(6), width=st.j
                     layers=st.integers(1, 3), feed_forward=st.sampled_from([3, 5]),
                     attention=st.sampled_from(["linear", "softmax", "lsh-1", "lsh-3"]),
                     norm=st.sampled_from(["pre", "post"]), causal=st.booleans(), positions=st.sampled_from(["learned", "sinusoidal"]),
-                    activation=st.just("gelu"), feature_map=st.just("elu1"))
+                    activation=st.just("gelu"), feature_map=st.just("elu1"), features=st.sampled_from([0, 0, 3]),
+                    outputs=st.sampled_from([0, 0, 5]))
 recurrent = st.builds(lambda c, attention: c._replace(causal=True, attention=attention), configs, st.sampled_from(["linear", "softmax"]))
 
 
@@ -53,6 +54,10 @@ def hashes():
 def draw_params(rng, config, dtype=np.float64):
     """Initial parameters, moved: at the start norms are the identity and biases zero, which hides mistakes."""
     return {key: (p + 0.1 * rng.standard_normal(p.shape)).astype(dtype) for key, p in transformer_init(rng, config, np.float64).items()}
+
+
+def draw_inputs(rng, config, shape, dtype=np.float64):
+    return rng.standard_normal((*shape, config.features)).astype(dtype) if config.features else rng.integers(0, 7, shape)
 
 
 def oracle(params, tokens, config):
@@ -97,7 +102,8 @@ def oracle(params, tokens, config):
     def feed(rows, name):
         return [affine(gelu(affine(x, f"{name}.in")), f"{name}.out") for x in rows]
 
-    rows = [params["token.weight"][t] + position(p) for p, t in enumerate(tokens)]
+    read = lambda x: affine(x, "input") if config.features else params["token.weight"][x]
+    rows = [read(x) + position(p) for p, x in enumerate(tokens)]
     for i in range(config.layers):
         for name, inner in ((f"blocks.{i}.attention", attend_lsh if "lsh" in config.attention else attend), (f"blocks.{i}.feed_forward", feed)):
             if config.norm == "pre":
@@ -114,7 +120,7 @@ def test_the_model_is_its_equations_and_its_backward_the_transpose(seed, config,
     """⟨dlogits, J u⟩ by the complex step through the oracle equals ⟨Jᵀ dlogits, u⟩, for a direction u in all parameters at once and for
     one in each parameter alone."""
     rng = np.random.default_rng(seed)
-    params, tokens = draw_params(rng, config), rng.integers(0, 7, (2, N))
+    params, tokens = draw_params(rng, config), draw_inputs(rng, config, (2, N))
     logits, residuals = transformer_forward(params, tokens, config, rng=hashes())
     expected = np.array([oracle(params, row, config) for row in tokens])
     assert np.abs(logits - expected).max() <= gamma(ROUNDINGS, "float64") * max(1, np.abs(expected).max())
@@ -158,11 +164,11 @@ def test_differences_converge_to_the_gradient_as_the_fourth_power_of_the_step(rn
 @given(seeds, recurrent, st.integers(1, 6), st.integers(0, 6))
 def test_the_recurrent_twin_is_the_same_function(seed, config, N, at):
     rng, at = np.random.default_rng(seed), min(at, N)
-    params, tokens = draw_params(rng, config), rng.integers(0, 7, (2, N))
+    params, tokens = draw_params(rng, config), draw_inputs(rng, config, (2, N))
     logits, _ = transformer_forward(params, tokens, config, rng=hashes())
     bound = gamma(ROUNDINGS, "float64") * max(1, np.abs(logits).max())
     prefix, state = transformer_prefill(params, tokens[:, :at], config)
-    assert prefix.shape == (2, at, 7) and state.position == at
+    assert prefix.shape == (2, at, config.outputs or 7) and state.position == at
     assert np.abs(prefix - logits[:, :at]).max(initial=0) <= bound
     for start, begin in ((state, at), (transformer_step_init(config, 2, np.float64), 0)):
         state = start
@@ -175,7 +181,7 @@ def test_the_recurrent_twin_is_the_same_function(seed, config, N, at):
 @given(seeds, recurrent)
 def test_an_old_state_can_be_gone_back_to(seed, config):
     rng = np.random.default_rng(seed)
-    params, tokens = draw_params(rng, config), rng.integers(0, 7, (3, 4))
+    params, tokens = draw_params(rng, config), draw_inputs(rng, config, (3, 4))
     _, state = transformer_prefill(params, tokens, config)
     first, _ = transformer_step(params, tokens[:, 0], state, config)
     for token in range(1, 4):
@@ -191,9 +197,9 @@ def test_an_old_state_can_be_gone_back_to(seed, config):
 @given(seeds, recurrent, st.integers(1, 5))
 def test_the_future_never_reaches_the_past(seed, config, at):
     rng = np.random.default_rng(seed)
-    params, tokens = draw_params(rng, config), rng.integers(0, 7, (2, 6))
+    params, tokens = draw_params(rng, config), draw_inputs(rng, config, (2, 6))
     changed = tokens.copy()
-    changed[:, at:] = (changed[:, at:] + 1) % 7
+    changed[:, at:] = changed[:, at:] + 1 if config.features else (changed[:, at:] + 1) % 7
     a, b = (transformer_forward(params, t, config)[0] for t in (tokens, changed))
     np.testing.assert_array_equal(a[:, :at], b[:, :at])
     assert (a[:, at:] != b[:, at:]).any()
@@ -203,11 +209,11 @@ def test_the_future_never_reaches_the_past(seed, config, at):
 def test_padding_changes_nothing(seed, config, garbage, token):
     """Not what stands in it, and not how much of it there is."""
     rng, B, N = np.random.default_rng(seed), 3, 5
-    params, tokens, lengths = draw_params(rng, config), rng.integers(0, 7, (B, N)), rng.integers(0, N + 1, B)
+    params, tokens, lengths = draw_params(rng, config), draw_inputs(rng, config, (B, N)), rng.integers(0, N + 1, B)
     padding = np.arange(N) >= lengths[:, None]
-    dlogits, dirty_tokens = rng.standard_normal((B, N, 7)), tokens.copy()
+    dlogits, dirty_tokens = rng.standard_normal((B, N, config.outputs or 7)), tokens.copy()
     dirty_dlogits = dlogits.copy()
-    dirty_tokens[padding], dirty_dlogits[padding] = token, garbage
+    dirty_tokens[padding], dirty_dlogits[padding] = garbage if config.features else token, garbage
     clean, residuals = transformer_forward(params, tokens, config, lengths=lengths, rng=hashes())
     grads = transformer_backward(dlogits, residuals)
     dirty, residuals = transformer_forward(params, dirty_tokens, config, lengths=lengths, rng=hashes())
@@ -223,7 +229,7 @@ def test_padding_changes_nothing(seed, config, garbage, token):
 @given(seeds, configs)
 def test_batches_are_independent_and_their_gradients_add(seed, config):
     rng = np.random.default_rng(seed)
-    params, tokens, dlogits = draw_params(rng, config), rng.integers(0, 7, (3, 4)), rng.standard_normal((3, 4, 7))
+    params, tokens, dlogits = draw_params(rng, config), draw_inputs(rng, config, (3, 4)), rng.standard_normal((3, 4, config.outputs or 7))
     logits, residuals = transformer_forward(params, tokens, config, rng=hashes())
     grads, total = transformer_backward(dlogits, residuals), dict.fromkeys(params, 0.0)
     for b in range(3):
@@ -239,12 +245,13 @@ def test_batches_are_independent_and_their_gradients_add(seed, config):
 @given(seeds, recurrent, st.sampled_from([np.float32, np.float16]))
 def test_dtype_stays_and_the_error_is_of_its_size(seed, config, dtype):
     rng = np.random.default_rng(seed)
-    params, tokens = draw_params(rng, config, dtype), rng.integers(0, 7, (2, 5))
+    params, tokens = draw_params(rng, config, dtype), draw_inputs(rng, config, (2, 5), dtype)
     logits, residuals = transformer_forward(params, tokens, config, rng=hashes())
     grads = transformer_backward(rng.standard_normal(logits.shape).astype(dtype), residuals)
     logits_t, _ = transformer_step(params, tokens[:, 0], transformer_step_init(config, 2, dtype), config)
     assert logits.dtype == logits_t.dtype == dtype and {g.dtype for g in grads.values()} == {np.dtype(dtype)}
-    wide, _ = transformer_forward({key: p.astype(np.float64) for key, p in params.items()}, tokens, config)
+    wide, _ = transformer_forward({key: p.astype(np.float64) for key, p in params.items()},
+                                  tokens.astype(np.float64) if config.features else tokens, config)
     # Each of at most 3·14 layers rounds once; norms in between may enlarge an error by the inverse of a row's spread, drawn here ≥ 1/20.
     assert np.abs(logits - wide).max() <= gamma(40, dtype) * 20 * max(1, np.abs(wide).max())
 
@@ -312,6 +319,8 @@ GOOD = Config(7, 6, 4, 2, 1, 5)
 PARAMS = transformer_init(np.random.default_rng(0), GOOD)
 TOKENS = np.array([[1, 2, 3]])
 LSH = GOOD._replace(attention="lsh-2")
+VECTORS = GOOD._replace(features=2)
+PARAMS_VECTORS = transformer_init(np.random.default_rng(0), VECTORS)
 PARAMS_LSH = {key: p for key, p in PARAMS.items() if ".key." not in key}
 
 
@@ -333,6 +342,13 @@ PARAMS_LSH = {key: p for key, p in PARAMS.items() if ".key." not in key}
     (lambda: transformer_forward({**PARAMS, "head.bias": np.zeros(7)}, TOKENS, GOOD), TypeError, "head.bias is float64"),
     (lambda: transformer_forward(PARAMS, TOKENS + 4, GOOD), ValueError, "tokens: expected 0 ≤ token < V = 7, got values from 5 to 7"),
     (lambda: transformer_forward(PARAMS, TOKENS.astype(float), GOOD), TypeError, "tokens: expected integers, got float64"),
+    (lambda: transformer_shapes(GOOD._replace(features=-1)), ValueError, "features: expected an integer ≥ 1, got -1"),
+    (lambda: transformer_shapes(GOOD._replace(outputs=2.0)), TypeError, "outputs: expected an integer"),
+    (lambda: transformer_forward(PARAMS_VECTORS, np.ones((1, 3, 4), "f4"), VECTORS),
+     ValueError, r"inputs: expected \(\.\.\., N, features\) = \(\.\.\., 2\), got \(1, 3, 4\)"),
+    (lambda: transformer_step(PARAMS_VECTORS, np.ones(3, "f4"), transformer_step_init(VECTORS, 1), VECTORS),
+     ValueError, r"inputs: expected \(\.\.\., features\) = \(\.\.\., 2\), got \(3,\)"),
+    (lambda: transformer_forward(PARAMS_VECTORS, np.ones((1, 3, 2)), VECTORS), TypeError, "inputs is float64 and params.* is float32"),
     (lambda: transformer_forward(PARAMS, np.array(1), GOOD), ValueError, r"tokens: expected \(\.\.\., N\), got \(\)"),
     (lambda: transformer_forward(PARAMS, np.ones((1, 7), int), GOOD), ValueError, "at most length = 6 positions, got positions up to 7"),
     (lambda: transformer_forward(PARAMS, TOKENS, GOOD, lengths=np.array([4])), ValueError, "lengths: expected 0 ≤ length ≤ N = 3"),

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .._array import Array, accumulator, check_dtypes, check_positive, namespace
+from .._array import Array, accumulator, check_dtypes, check_number, check_positive, namespace
 from ..layers import check_indices
 from .cross_entropy import Residuals, shares
 
@@ -136,10 +136,10 @@ def logistic_mixture_backward(dloss: Any, residuals: Residuals) -> Array:
         return dparams.astype(dtype, copy=False)
 
 
-def logistic_mixture_sample(params: Array, rng: Any, *, levels: int = 256) -> Array:
+def logistic_mixture_sample(params: Array, rng: Any, *, levels: int = 256, temperature: float = 1.0) -> Array:
     """Draw one level for each position by inverting distribution functions: one uniform number chooses the logistic, one the point in it.
 
-        x = μ + e^s log(u / (1 - u))        level = ⌊(x + 1) (V - 1) / 2 + 1/2⌋, cut off at 0 and V - 1
+        x = μ + T e^s log(u / (1 - u))        level = ⌊(x + 1) (V - 1) / 2 + 1/2⌋, cut off at 0 and V - 1
 
     Parameters
     ----------
@@ -149,6 +149,8 @@ def logistic_mixture_sample(params: Array, rng: Any, *, levels: int = 256) -> Ar
         Drawn from once, `rng.random((2, *params.shape[:-1]))`. A CuPy generator serves too.
     levels : int
         V ≥ 2.
+    temperature : float
+        T ≥ 0: logistics are chosen with the logits divided by T, and are T times as wide. 0 takes the mean of the likeliest.
 
     Returns
     -------
@@ -158,12 +160,12 @@ def logistic_mixture_sample(params: Array, rng: Any, *, levels: int = 256) -> Ar
     Raises
     ------
     ValueError
-        `params: expected finite numbers (a logit may be -inf, not all of a position), got NaN or an infinity; …`; those of
-        `logistic_mixture_forward`.
+        `params: expected finite numbers (a logit may be -inf, not all of a position), got NaN or an infinity; …`; `temperature: expected a
+        finite number ≥ 0, …`; those of `logistic_mixture_forward`.
 
     Notes
     -----
-    In float64. The levels have exactly the probabilities of `logistic_mixture_forward`, none of which is computed.
+    In float64. With T = 1 the levels have exactly the probabilities of `logistic_mixture_forward`, none of which is computed.
 
     Examples
     --------
@@ -173,7 +175,7 @@ def logistic_mixture_sample(params: Array, rng: Any, *, levels: int = 256) -> Ar
     """
     xp = namespace(params=params)
     K = _components(params)
-    V = _levels(levels)
+    V, T = _levels(levels), check_number("temperature", temperature, least=0)
     x = params.astype(xp.float64)
     largest = x[..., :K].max(-1, keepdims=True)
     if not (xp.isfinite(largest).all() and xp.isfinite(x[..., K:]).all()):
@@ -181,11 +183,11 @@ def logistic_mixture_sample(params: Array, rng: Any, *, levels: int = 256) -> Ar
                          "look at the model's parameters")
     which, u = xp.asarray(rng.random((2, *x.shape[:-1])))
     with np.errstate(over="ignore", divide="ignore"):         # logits 10³⁰⁸ apart, a scale of e¹⁰⁰⁰, u = 0: infinite, and that is right
-        below = xp.cumsum(xp.exp(x[..., :K] - largest), -1)
-        at = (below <= which[..., None] * below[..., -1:]).sum(-1)[..., None]
+        below = xp.cumsum(xp.exp((x[..., :K] - largest) / T), -1) if T else None
+        at = x[..., :K].argmax(-1)[..., None] if below is None else (below <= which[..., None] * below[..., -1:]).sum(-1)[..., None]
         mean, log_scale = (xp.take_along_axis(x[..., i * K:(i + 1) * K], at, -1)[..., 0] for i in (1, 2))
         logit = xp.log(u) - xp.log1p(-u)
-        point = mean + xp.sign(logit) * xp.exp(log_scale + xp.log(xp.abs(logit)))
+        point = mean + xp.sign(logit) * xp.exp(log_scale + xp.log(xp.abs(logit)) + math.log(T)) if T else mean
         return xp.asarray(xp.clip(xp.floor((point + 1) * ((V - 1) / 2) + 0.5), 0, V - 1).astype(xp.int64))
 
 
