@@ -41,6 +41,7 @@ Store = Callable[[slice, np.ndarray], None]
 Side = tuple[Reader, Store]    # what the running state is read with, and where the products go
 
 CHUNK = 32    # of 16, 32, 64, 128 the fastest from D = M = 32 to 128 in float32; see `python -m refattn bench --chunks`
+STEP_BYTES = 1 << 19               # of the states that one thread of a step has at hand: read, written and read once more out of its own cache
 
 
 # --- masked: the definition as one masked matrix product, quadratic in N ------------------------------------------------------------
@@ -361,7 +362,7 @@ def causal_step(state: Array, q_t: Array, k_t: Array, v_t: Array) -> tuple[Array
     >>> out, state
     (array([3.]), array([[3.]]))
     """
-    if isinstance(state, np.ndarray) and state.nbytes > BUFFER_BYTES and state.dtype.kind == "f":
+    if isinstance(state, np.ndarray) and state.nbytes > STEP_BYTES and state.dtype.kind == "f":
         return _step_in_stacks(state, q_t, k_t, v_t)
     S = state + k_t[..., :, None] * v_t[..., None, :]
     if q_t.ndim == 1 or q_t.shape[-2] == k_t.shape[-2]:
@@ -404,9 +405,9 @@ def _step_in_stacks(state: np.ndarray, q_t: np.ndarray, k_t: np.ndarray, v_t: np
         np.matmul(q, after, out=o)
 
     lead = state.shape[:-2]
-    most = max(BUFFER_BYTES // max(state[(0,) * len(lead)].nbytes, 1), 1)
+    most = max(STEP_BYTES // max(state[(0,) * len(lead)].nbytes, 1), 1)
     arrays = (state, _group_step(q_t, k_t, np), k2, v2, S, _group_step(out, k_t, np))
-    over_heads(work, list(stacks(lead, *arrays, most=most)), 4.0 * state.size)
+    over_heads(work, list(stacks(lead, *arrays, most=most)), 8.0 * state.size)        # twice its flops: it waits for memory
     return out, S
 
 

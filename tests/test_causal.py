@@ -158,7 +158,7 @@ def test_no_state_and_no_cotangent_mean_zero(c):
                                               ((40,), 8, 1, 32, 33), ((50,), 3, 2, 32, 33), ((), 300, 1, 32, 33)])  # one to be cut
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_a_step_leaves_the_old_state_untouched(dtype, lead, H, G, D, M, rng, monkeypatch):
-    monkeypatch.setattr(causal, "BUFFER_BYTES", 1 << 16)
+    monkeypatch.setattr(causal, "STEP_BYTES", 1 << 16)
     def draw(*shape):
         return rng.integers(-2, 3, (*lead, *shape)).astype(dtype)
 
