@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .cuda.bench import device_report, static_report
         return _written(args.json, static_report() if args.cuda_static else
                         device_report(lengths=args.lengths, heads=args.heads, D=args.features[0], figure=args.figure))
-    peers = _peers()
-    print(f"{_processor()}, {cores()} cores, Python {platform.python_version()}, NumPy {np.__version__}; "
+    peers = installed_peers()
+    print(f"{processor()}, {cores()} cores, Python {platform.python_version()}, NumPy {np.__version__}; "
           f"peers: {', '.join(peers) or 'none installed'}; float32, B·H = {args.heads}; {time.strftime('%Y-%m-%d')}")
     figures: dict[str, Any] = {"chunks": _chunk_table(args)} if args.chunks else {"rules": _rule_table(args, peers)} if args.rule else {
         "products": _product_table(args, peers), "attention": _attention_table(args, peers), "growth": _growth_table(args),
@@ -93,7 +93,7 @@ def _product_table(args: argparse.Namespace, peers: dict[str, Any]) -> list[dict
                 theirs, theirs_both = _their_product(peers, q, k, v, dout)
                 _check("causal_dot_product", both(), theirs_both(), N + D)
                 contest |= {"theirs": theirs, "theirs both": theirs_both}
-            t = _medians(contest, args.seconds)
+            t = medians(contest, args.seconds)
             rate = 2 * square.shape[0] ** 3 / t["gemm"]
             row = {"D": D, "N": N, "gemm": rate, "limit": 4 * args.heads * N * D * D / rate / t["forward"], **t}
             rows.append(row)
@@ -118,7 +118,7 @@ def _attention_table(args: argparse.Namespace, peers: dict[str, Any]) -> list[di
                 contest |= {"theirs": theirs, "theirs both": theirs_both}
             if "torch" in peers and N <= 16384:
                 contest["sdpa"] = _sdpa(peers, q, k, v)
-            t = _medians(contest, args.seconds)
+            t = medians(contest, args.seconds)
             rows.append({"D": D, "N": N, **t})
             _row(N, t["forward"] * 1e3, _ms(t.get("theirs")), _times(t.get("theirs"), t["forward"]),
                  t["both"] * 1e3, _ms(t.get("theirs both")), _times(t.get("theirs both"), t["both"]),
@@ -138,7 +138,7 @@ def _growth_table(args: argparse.Namespace) -> list[dict[str, Any]]:
             contest[f"bare {n}"] = partial(recurrence, q, k, v)
             contest[f"attention {n}"] = partial(causal_linear_attention, q, k, v)
             contest[f"both {n}"] = partial(_forward_and_backward, causal_linear_attention, dout, q, k, v)
-        t = _medians(contest, args.seconds)
+        t = medians(contest, args.seconds)
         ratios = {name: t[f"{name} {2 * N}"] / t[f"{name} {N}"] for name in ("bare", "attention", "both")}
         rows.append({"N": N, **ratios})
         _row(N, *(f"{r:.2f}" for r in ratios.values()))
@@ -177,7 +177,7 @@ def _decoding_table(args: argparse.Namespace, peers: dict[str, Any]) -> list[dic
         contest: Contest = {"step": partial(causal_linear_attention_step, q, k, v, state), "copy": partial(np.copyto, to, state.S)}
         if "fast_transformers" in peers:
             contest["theirs"] = _their_step(peers, q, k, v)
-        t = _medians(contest, args.seconds)
+        t = medians(contest, args.seconds)
         rows.append({"B": B, **t})
         _row(B, t["step"] * 1e6, f"{t['theirs'] * 1e6:.0f}" if "theirs" in t else "–", _times(t.get("theirs"), t["step"]), t["copy"] * 1e6,
              f"{t['step'] / t['copy']:.2f}×")
@@ -195,7 +195,7 @@ def _chunk_table(args: argparse.Namespace) -> list[dict[str, Any]]:
                 residuals = causal_chunked_forward(q, k, v, chunk=chunk)[2]
                 contest[f"forward {chunk}"] = partial(causal_chunked_forward, q, k, v, chunk=chunk)
                 contest[f"backward {chunk}"] = partial(causal_chunked_backward, dout, None, residuals)
-            t = _medians(contest, args.seconds)
+            t = medians(contest, args.seconds)
             for form in ("forward", "backward"):
                 rows.append({"D": D, "N": N, "form": form, **{str(c): t[f"{form} {c}"] for c in (16, 32, 64, 128)}})
                 _row(N, form, *(t[f"{form} {c}"] * 1e3 for c in (16, 32, 64, 128)))
@@ -221,7 +221,7 @@ def _rule_table(args: argparse.Namespace, peers: dict[str, Any]) -> list[dict[st
                 if "onnxruntime" in peers:
                     theirs = contest["theirs"] = _their_rule(peers, q, k, v, g, beta, rule)
                     _check("com.microsoft.LinearAttention", contest["forward"](), theirs(), 8 * (N + D))
-                t = _medians(contest, args.seconds)
+                t = medians(contest, args.seconds)
                 decay = {None: "–", False: "a head", True: "a channel"}[channels]
                 rows.append({"rule": rule, "decay": decay, "D": D, "N": N, **t})
                 _row(rule, decay, N, t["linear"] * 1e3, t["forward"] * 1e3, f"{t['forward'] / t['linear']:.2f}×", t["both"] * 1e3,
@@ -231,7 +231,7 @@ def _rule_table(args: argparse.Namespace, peers: dict[str, Any]) -> list[dict[st
 
 # --- peers -------------------------------------------------------------------------------------------------------------------------------
 
-def _peers() -> dict[str, Any]:
+def installed_peers() -> dict[str, Any]:
     found: dict[str, Any] = {}
     try:
         import torch
@@ -357,7 +357,7 @@ def _check(name: str, ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], 
             raise SystemExit(f"{name} gives another answer than refattn: {ratio:.2g} times the bound; nothing is timed")
 
 
-def _medians(contest: Contest, seconds: float) -> dict[str, float]:
+def medians(contest: Contest, seconds: float) -> dict[str, float]:
     """Median time of each, for about `seconds` each: they take turns of five runs, after runs that are not counted, since the threads
     of the one before (OpenBLAS, OpenMP) go on spinning for some 100 ms."""
     times: dict[str, list[float]] = {name: [] for name in contest}
@@ -405,7 +405,7 @@ def _times(theirs: float | None, ours: float) -> str:
     return "–" if theirs is None else f"{theirs / ours:.2f}×"
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))

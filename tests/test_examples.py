@@ -5,7 +5,9 @@ import importlib.util
 import json
 import runpy
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,3 +140,49 @@ def test_04_learns_to_copy_short_words() -> None:
     for _ in range(150):
         state = experiment.train_step(state, task)
     assert names["copy_test"](state.params, config, 64)["test loss"] < 1.6, state.loss
+
+
+def test_09_images_per_second(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    file = str(EXAMPLES / "09_images_per_second.py")
+    monkeypatch.setattr("sys.argv", [file, "--smoke", "--dataset", "mnist", "--out", str(tmp_path)])
+    names = runpy.run_path(file, run_name="__main__")
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "results.json").read_text())["mnist"]
+    assert set(found["systems"]) == {"linear", "softmax", "stateful softmax", "lsh-1", "lsh-4"}
+    for system, of in found["systems"].items():
+        row, = (line for line in printed.splitlines() if line.startswith(f"{system:<18} "))
+        times = found["systems"]["softmax"]["seconds"] / of["seconds"]
+        assert f" {of['seconds']:>11.3g} {1 / of['seconds']:>10.3g} {times:>10.3g} " in row and of["batch"] in (1, 2) and of["seconds"] > 0
+    assert (tmp_path / "images-per-second.png").read_bytes().startswith(b"\x89PNG")
+    # the two ratios that the paper's sizes have: N/2 times the products with weights, and attention over n in place of over a state
+    for N, layers in ((784, 8), (3072, 16)):
+        counted = (24 * 256**2 * (N + 1) / 2 + 4 * 256 * (N + 1) * (2 * N + 1) / 6) / (24 * 256**2 + 4 * 256 * 32)
+        assert abs(names["flops_ratio"](N, layers) / counted - 1) < 1e-12
+    # an image is the sum over its pixels: with times of n² and of n for reading n, and of n for a step behind n
+    clock = {"transformer_prefill": lambda n: 3.0 * n**2 + n, "transformer_forward": lambda n: 5.0 * n, "transformer_step": lambda n: 2.0 * n}
+    at = [0]
+    of = names["softmax"].__globals__
+
+    def known(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def called(params: Any, tokens: np.ndarray, *rest: Any, **options: Any) -> Any:
+            at[0] = tokens.shape[1] if name != "transformer_step" else at[0]
+            taken.append(clock[name](at[0]))
+            return real(params, tokens, *rest, **options)
+        return called
+
+    def seconds_of(f: Callable[[], Any], least: float) -> float:
+        f()
+        return taken[-1]
+
+    taken: list[float] = []
+    monkeypatch.setitem(of, "seconds_of", seconds_of)
+    for name in clock:
+        monkeypatch.setitem(of, name, known(name, of[name]))
+    N = 200
+    (batch, recomputed, cached), = names["softmax"](N, 1, [2], 0.0)
+    assert batch == 2 and abs(recomputed - (N**3 + N**2 / 2) / 2) < 0.01 * N**3 / 2 and abs(cached - N**2 / 2) < 0.01 * N**2 / 2
+    (batch, seconds), = names["lsh"](1, N, 1, [2], 0.0)
+    assert batch == 2 and abs(seconds - 5 * N**2 / 2 / 2) < 0.01 * N**2
+    at[0] = 7
+    assert list(names["linear"](N, 1, [2], 0.0)) == [(2, N * 14.0 / 2)]

@@ -1,0 +1,186 @@
+"""How many images a second each model draws, at the paper's own sizes (tables 1 and 2): MNIST 784 pixels and 8 layers, CIFAR-10 3,072 and 16.
+
+All have 8 heads of 32, a feed-forward of 1,024 and ten logistics for each pixel; the weights are random, which does not change the time.
+
+    linear               one step for each pixel: always the same time, so any pixel tells
+    stateful softmax     one step for each pixel, from a cache of those before: takes longer from pixel to pixel
+    softmax, lsh-R       nothing is kept: for each pixel all those before are read again, as the paper's tables have it
+
+An image is the sum over its pixels. Where the time depends on the pixel it is measured at three of them, the points of Gauss's rule, whose
+weighted sum is exact for polynomials up to degree five; these times are one of degree two. Each system has the batch, out of several, that is
+best for it. Where `pytorch-fast-transformers` is installed, its recurrent model takes turns with ours, which reads tokens and gives mixtures,
+while theirs is measured without either.
+
+Beside the ratio of times stands that of flops: what is arithmetic, and what is left is efficiency.
+"""
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from refattn._blocks import cores
+from refattn.bench import installed_peers, medians, processor
+from refattn.experiment import figure_save, require_extras, results_save
+from refattn.transformer import Config, transformer_forward, transformer_init, transformer_prefill, transformer_step, transformer_step_init
+
+# pixels and layers; and the paper's images a second on a GPU (tables 1 and 2)
+SIZES = {"mnist": (784, 8), "cifar10": (3072, 16)}
+PAPER = {"mnist": {"softmax": 0.45, "lsh-1": 0.68, "lsh-4": 0.27, "linear": 142.8},
+         "cifar10": {"softmax": 0.004, "lsh-1": 0.015, "lsh-4": 0.005, "linear": 17.85}}
+GAUSS = [((1 - math.sqrt(0.6)) / 2, 5 / 18), (0.5, 8 / 18), ((1 + math.sqrt(0.6)) / 2, 5 / 18)]
+NUMBERS = 2**27                   # in the caches of a batch: half a gigabyte, of which a larger batch would need more
+
+
+def model(pixels: int, layers: int, attention: str, heads: int = 8, size: int = 32) -> tuple[Any, Config]:
+    config = Config(257, pixels, heads * size, heads, layers, 4 * heads * size, attention=attention, outputs=30)
+    return transformer_init(np.random.default_rng(0), config), config
+
+
+def seconds_of(f: Callable[[], Any], least: float) -> float:
+    """The median of three or more runs that take `least` seconds together, after one that is not counted."""
+    f()
+    return medians({"f": f}, least)["f"]
+
+
+def linear(pixels: int, layers: int, batches: list[int], least: float) -> Iterator[tuple[int, float]]:
+    """(batch, seconds of an image)."""
+    params, config = model(pixels, layers, "linear")
+    for batch in batches:
+        state = transformer_step(params, np.zeros(batch, int), transformer_step_init(config, batch), config)[1]
+        yield batch, pixels * seconds_of(partial(transformer_step, params, np.zeros(batch, int), state, config), least) / batch
+
+
+def softmax(pixels: int, layers: int, batches: list[int], least: float) -> Iterator[tuple[int, float, float]]:
+    """(batch, seconds of an image recomputed, seconds with a cache): reading a prefix anew is what makes the cache that a step is timed with."""
+    params, config = model(pixels, layers, "softmax")
+    for batch in batches:
+        if 2 * batch * pixels * layers * 2 * config.width > NUMBERS:
+            return
+        recomputed = cached = 0.0
+        for point, weight in GAUSS:
+            tokens = np.zeros((batch, round(point * pixels)), int)
+            recomputed += weight * seconds_of(partial(transformer_prefill, params, tokens, config), least)
+            state = transformer_prefill(params, tokens, config)[1]
+            cached += weight * seconds_of(partial(transformer_step, params, tokens[:, 0], state, config), least)
+        yield batch, pixels * recomputed / batch, pixels * cached / batch
+
+
+def lsh(rounds: int, pixels: int, layers: int, batches: list[int], least: float) -> Iterator[tuple[int, float]]:
+    params, config = model(pixels, layers, f"lsh-{rounds}")
+    for batch in batches:
+        tokens = [(weight, np.zeros((batch, round(point * pixels)), int)) for point, weight in GAUSS]
+        yield batch, pixels / batch * sum(weight * seconds_of(lambda read=read: transformer_forward(
+            params, read, config, rng=np.random.default_rng(0)), least) for weight, read in tokens)
+
+
+def flops_ratio(pixels: int, layers: int, width: int = 256, heads: int = 8) -> float:
+    """Softmax recomputed over linear: 2·12 E² for the products with weights, and 4·E·n for attention over n positions or 4·E·D for a state."""
+    dense = 24 * width**2
+    recomputed = sum(n * (dense + 4 * width * n) for n in range(1, pixels + 1))
+    return recomputed / (pixels * (dense + 4 * width * width // heads))
+
+
+def theirs(pixels: int, layers: int, batches: list[int], least: float) -> list[dict[str, Any]]:
+    """A step of the authors' recurrent model, and of ours in turn with it."""
+    torch = installed_peers()["torch"]
+    from fast_transformers.builders import RecurrentEncoderBuilder
+    encoder = RecurrentEncoderBuilder.from_kwargs(attention_type="linear", n_layers=layers, n_heads=8, query_dimensions=32, value_dimensions=32,
+                                                  feed_forward_dimensions=1024, activation="gelu").get().eval()
+    params, config = model(pixels, layers, "linear")
+    rows = []
+    for batch in batches:
+        tokens, x = np.zeros(batch, int), torch.zeros(batch, config.width)
+        state = transformer_step(params, tokens, transformer_step_init(config, batch), config)[1]
+        with torch.no_grad():
+            _, memory = encoder(x)
+
+            def their_step(x: Any = x, memory: Any = memory) -> Any:
+                with torch.no_grad():
+                    return encoder(x, state=memory)
+
+            t = medians({"ours": partial(transformer_step, params, tokens, state, config), "theirs": their_step}, least)
+        rows.append({"batch": batch, **t})
+    return rows
+
+
+def measure(dataset: str, smoke: bool) -> dict[str, Any]:
+    pixels, layers = (12, 2) if smoke else SIZES[dataset]
+    least, few, many = (0.0, [1, 2], [1, 2]) if smoke else (1.0, [1, 2, 4, 8, 16], [1, 16, 64, 96, 128, 192, 256])
+    found: dict[str, dict[str, Any]] = {}
+
+    def keep(system: str, batch: int, seconds: float) -> None:
+        print(f"   {dataset} {system}: {batch} at once, {seconds:.3g} s an image", file=sys.stderr, flush=True)
+        if system not in found or seconds < found[system]["seconds"]:
+            found[system] = {"batch": batch, "seconds": seconds}
+
+    for batch, seconds in linear(pixels, layers, many, least):
+        keep("linear", batch, seconds)
+    for batch, recomputed, cached in softmax(pixels, layers, few, least):
+        keep("softmax", batch, recomputed)
+        keep("stateful softmax", batch, cached)
+    for rounds in (1, 4):
+        for batch, seconds in lsh(rounds, pixels, layers, few[:1 if dataset == "cifar10" else 3], least):
+            keep(f"lsh-{rounds}", batch, seconds)
+    return {"pixels": pixels, "layers": layers, "flops ratio": flops_ratio(pixels, layers), "systems": found,
+            "steps": theirs(pixels, layers, [1, 64], 2 * least) if "fast_transformers" in installed_peers() else []}
+
+
+def table(dataset: str, of: dict[str, Any]) -> str:
+    paper, systems = PAPER[dataset], of["systems"]
+    lines = [f"{dataset}: {of['pixels']:,} pixels, {of['layers']} layers; recomputed softmax has {of['flops ratio']:,.0f} times the flops of linear",
+             f"{'':<18} {'at once':>8} {'s an image':>11} {'images/s':>10} {'× softmax':>10} {'paper, GPU':>11} {'× softmax':>10}"]
+    for system in ("softmax", "stateful softmax", "lsh-1", "lsh-4", "linear"):
+        batch, seconds = systems[system]["batch"], systems[system]["seconds"]
+        lines.append(f"{system:<18} {batch:>8} {seconds:>11.3g} {1 / seconds:>10.3g} {systems['softmax']['seconds'] / seconds:>10.3g} "
+                     + (f"{paper[system]:>11.3g} {paper[system] / paper['softmax']:>10.0f}" if system in paper else f"{'–':>11} {'–':>10}"))
+    for row in of["steps"]:
+        lines.append(f"a step of {row['batch']:>2}: {row['ours'] * 1e3:.2f} ms; the authors' recurrent model {row['theirs'] * 1e3:.2f} ms, "
+                     f"{row['theirs'] / row['ours']:.2f} times as long")
+    return "\n".join(lines)
+
+
+def figure(path: str, results: dict[str, Any]) -> None:
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(9, 3.2), layout="constrained")
+    for ax, (dataset, of) in zip(np.atleast_1d(drawn.subplots(1, len(results))), results.items(), strict=True):
+        names = ["softmax", "lsh-4", "lsh-1", "stateful softmax", "linear"]
+        rates = [1 / of["systems"][name]["seconds"] for name in names]
+        ax.barh(names, rates, color=["C1", "C3", "C2", "C4", "C0"])
+        ax.bar_label(ax.containers[0], [f"{rate:.3g}" for rate in rates], padding=3)
+        ax.set(xscale="log", xlabel="images a second", title=f"{dataset}, {of['pixels']:,} pixels", xlim=(min(rates) / 2, max(rates) * 6))
+    figure_save(path, drawn)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=os.path.join("out", "images-per-second"), metavar="FOLDER",
+                        help="where results and figure go (default: %(default)s)")
+    parser.add_argument("--dataset", choices=tuple(SIZES), action="append", help="this one only; may be repeated (default: both)")
+    parser.add_argument("--smoke", action="store_true", help="tiny models, to see that everything runs: takes seconds")
+    chosen = parser.parse_args()
+    require_extras("matplotlib")
+    os.makedirs(chosen.out, exist_ok=True)
+    print(f"{processor()}, {cores()} cores, NumPy {np.__version__}, float32, {time.strftime('%Y-%m-%d')}")
+    results = {dataset: measure(dataset, chosen.smoke) for dataset in chosen.dataset or SIZES}
+    for dataset, of in results.items():
+        print(f"\n{table(dataset, of)}")
+    results_save(os.path.join(chosen.out, "results.json"), results)
+    path = os.path.join(chosen.out, "images-per-second.png")
+    figure(path, results)
+    print(f"\nfigure: {path}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")
