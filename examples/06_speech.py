@@ -1,7 +1,7 @@
 """The paper's speech experiment (table 3): linear, softmax, LSH attention and a Bi-LSTM learn to write down phonemes, with the CTC loss.
 
 --data names the folder of an4_logmel.npz (948 utterances to learn from, 130 to test on: spelled names, dates, numbers) or kathleen_logmel.npz
-(993 and 110 read sentences of one speaker), 40 log-mel bands a frame; without it the speech is made up: "phones" that are random spectra, held
+(992 and 111 read sentences of one speaker), 40 log-mel bands a frame; without it the speech is made up: phonemes that are random spectra, held
 for a few frames, in noise. Bands are normalised by what there is to learn from. In training up to two spans of frames and two of bands are
 hidden in each utterance.
 
@@ -42,12 +42,12 @@ SCALES = {"small": (3, 192, 6, 4, 172, 3), "paper": (1, 192, 6, 9, 320, 3), "smo
 # --- speech --------------------------------------------------------------------------------------------------------------------------------
 
 class Corpus(NamedTuple):
-    """Log-mel frames (n, 40) of each utterance, and its phones as numbers from 1 on, of which there are `phones`; which are for the test."""
+    """Log-mel frames (n, 40) of each utterance, and its phonemes as numbers from 1 on, of which there are `phonemes`; which are for the test."""
 
     name: str
     frames: list[np.ndarray]
     labels: list[np.ndarray]
-    phones: int
+    phonemes: int
     test: np.ndarray
 
     def part(self, test: bool) -> Corpus:
@@ -65,16 +65,16 @@ def corpus_load(folder: str, name: str) -> Corpus:
                   z.get("is_test", np.arange(count) % 10 == 0))
 
 
-def corpus_made_up(count: int, phones: int = 10) -> Corpus:
-    """Ten phones, five to fifteen an utterance, none twice in a row, four to twelve frames each. The same ones whatever the run's seed."""
-    rng = np.random.default_rng(2**32)
-    spectra, frames, labels = rng.standard_normal((phones, BANDS)), [], []
+def corpus_made_up(count: int) -> Corpus:
+    """Ten phonemes, five to fifteen an utterance, none twice in a row, four to twelve frames each. The same ones whatever the run's seed."""
+    rng, phonemes = np.random.default_rng(2**32), 10
+    spectra, frames, labels = rng.standard_normal((phonemes, BANDS)), [], []
     for _ in range(count):
-        said = np.cumsum(rng.integers(1, phones, rng.integers(5, 16))) % phones
+        said = np.cumsum(rng.integers(1, phonemes, rng.integers(5, 16))) % phonemes
         held = np.repeat(spectra[said], rng.integers(4, 13, said.size), axis=0)
-        frames.append((held + rng.standard_normal(held.shape)).astype(np.float32))
+        frames.append((held + 3 * rng.standard_normal(held.shape)).astype(np.float32))
         labels.append(said + 1)
-    return Corpus("made-up", frames, labels, phones, np.arange(count) % 10 == 0)
+    return Corpus("made-up-speech", frames, labels, phonemes, np.arange(count) % 10 == 0)
 
 
 def normalised(corpus: Corpus) -> Corpus:
@@ -119,7 +119,7 @@ def utterances(corpus: Corpus, chosen: np.ndarray, together: int, rng: np.random
 # --- systems -------------------------------------------------------------------------------------------------------------------------------
 
 class Model(NamedTuple):
-    """Vectors (B, N, F), N (B,) and a generator in, logits (B, N, 1 + phones) out: symbol 0 is the blank."""
+    """Vectors (B, N, F), N (B,) and a generator in, logits (B, N, 1 + phonemes) out: symbol 0 is the blank."""
 
     config: dict[str, Any]
     init: Callable[[np.random.Generator], Params]
@@ -156,15 +156,15 @@ def bilstm(features: int, hidden: int, layers: int, symbols: int) -> Model:
 
 def read(params: Params, model: Model, x: np.ndarray, lengths: np.ndarray, labels: np.ndarray, counts: np.ndarray,
          rng: np.random.Generator) -> tuple[Any, Any, np.ndarray, Any]:
-    """Loss in nats a phone and what its backward needs, logits and what theirs needs."""
+    """Loss in nats a phoneme and what its backward needs, logits and what theirs needs."""
     logits, residuals = model.forward(params, x, lengths, rng)
     loss, r_loss = ctc_forward(logits, labels, frame_lengths=lengths, target_lengths=counts)
-    per_phone = len(counts) / counts.sum()
-    return loss * per_phone, (per_phone, r_loss), logits, residuals
+    per_phoneme = len(counts) / counts.sum()
+    return loss * per_phoneme, (per_phoneme, r_loss), logits, residuals
 
 
 def speech_task(system: str, scale: str, corpus: Corpus, plan: dict[str, Any], updates: int) -> Task:
-    seed, model, known = plan["seed"], model_of(system, scale, corpus.phones + 1), corpus.part(False)
+    seed, model, known = plan["seed"], model_of(system, scale, corpus.phonemes + 1), corpus.part(False)
     lengths = np.array([len(x) for x in known.frames])
 
     def batch(update: int) -> tuple[Any, ...]:
@@ -172,8 +172,8 @@ def speech_task(system: str, scale: str, corpus: Corpus, plan: dict[str, Any], u
         return *utterances(known, epoch_part(update, BATCH, len(lengths), seed, lengths), SCALES[scale][0], rng), rng
 
     def loss_and_grads(params: Params, batch: Any) -> tuple[float, Params]:
-        loss, (per_phone, r_loss), _, residuals = read(params, model, *batch)
-        return float(loss), model.backward(ctc_backward(per_phone, r_loss), residuals)
+        loss, (per_phoneme, r_loss), _, residuals = read(params, model, *batch)
+        return float(loss), model.backward(ctc_backward(per_phoneme, r_loss), residuals)
 
     def optimize(params: Params, grads: Params, slots: AdamSlots, update: int) -> tuple[Params, AdamSlots]:
         rate = warm_up(update, WARM_UP) * cosine_rate(update, RATE, updates)
@@ -183,18 +183,18 @@ def speech_task(system: str, scale: str, corpus: Corpus, plan: dict[str, Any], u
 
 
 def speech_test(params: Params, system: str, scale: str, corpus: Corpus, **decoders: Callable[..., list[np.ndarray]]) -> Row:
-    """On utterances that no training saw: nats a phone, and the phone error rate of each way to decode."""
-    model, rng, unseen = model_of(system, scale, corpus.phones + 1), np.random.default_rng(2**32), corpus.part(True)
+    """On utterances that no training saw: nats a phoneme, and the phoneme error rate of each way to decode."""
+    model, rng, unseen = model_of(system, scale, corpus.phonemes + 1), np.random.default_rng(2**32), corpus.part(True)
     order = np.argsort([len(x) for x in unseen.frames])
     nats, decoded = 0.0, {name: [] for name in decoders}
     for chosen in np.array_split(order, -(-len(order) // (2 * BATCH))):
         x, lengths, labels, counts = utterances(unseen, chosen, SCALES[scale][0])
         loss, _, logits, _ = read(params, model, x, lengths, labels, counts, rng)
-        nats += float(loss) * counts.sum()
+        nats += float(loss) * int(counts.sum())
         for name, decode in decoders.items():
             decoded[name] += decode(logits, frame_lengths=lengths)
     said = [unseen.labels[i] for i in order]
-    return {"test loss": nats / sum(map(len, said)), **{name: phoneme_error_rate(found, said) for name, found in decoded.items()}}
+    return {"test loss": nats / sum(len(labels) for labels in said), **{name: phoneme_error_rate(found, said) for name, found in decoded.items()}}
 
 
 # --- the command -----------------------------------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def figure(path: str, results: dict[str, Any], name: str, per_epoch: int) -> Non
     axes = drawn.subplots(1, 2, sharey=True)
     curves_draw(axes, results, SYSTEMS, {"epochs": lambda row: row["update"] / per_epoch,
                                          "minutes of processor time": lambda row: row["seconds"] / 60},
-                (f"phone errors on the test set of {name}, %", lambda row: 100 * row["greedy"]))
+                (f"phoneme errors, test set of {name}, %", lambda row: 100 * row["greedy"]))
     axes[0].set_ylim(bottom=0)
     figure_save(path, drawn)
 
@@ -219,28 +219,33 @@ def main() -> None:
     parser.add_argument("--system", choices=SYSTEMS, action="append", help="train this one; may be repeated (default: all, one after another)")
     parser.add_argument("--scale", choices=("small", "paper"), default="small", help="size of the models (default: %(default)s)")
     chosen = parser.parse_args()
-    require_extras("safetensors", "tqdm", "matplotlib", "rapidfuzz")
+    if chosen.epochs is not None and chosen.epochs < 1:
+        parser.error(f"argument --epochs: expected a positive number of epochs, got {chosen.epochs}")
+    require_extras("safetensors", "tqdm", "matplotlib")
+    phoneme_error_rate([[1]], [[1]])                                             # says that rapidfuzz is missing now, not after an epoch
     scale, epochs = ("smoke", 2) if chosen.smoke else (chosen.scale, chosen.epochs)
     corpus = corpus_load(chosen.data, chosen.corpus) if chosen.data else corpus_made_up(40 if chosen.smoke else 1000)
     if chosen.smoke:
         corpus = corpus._replace(frames=corpus.frames[:40], labels=corpus.labels[:40], test=np.arange(40) % 10 == 0)
     corpus = normalised(corpus)
     per_epoch = int((~corpus.test).sum()) // BATCH
-    print(f"{corpus.name}: {(~corpus.test).sum()} utterances to learn from, {corpus.test.sum()} to test on, {corpus.phones} phones"
+    print(f"{corpus.name}: {(~corpus.test).sum()} utterances to learn from, {corpus.test.sum()} to test on, {corpus.phonemes} phonemes"
           + ("" if chosen.data else "; with --data, real speech"), flush=True)
     plan = {"seed": chosen.seed, "corpus": corpus.name, "epochs": epochs, "minutes": None if epochs else chosen.minutes}
     name = lambda system, ending: os.path.join(chosen.out, f"{scale}-{corpus.name}-{system}{ending}")
     for system in chosen.system or SYSTEMS:
-        path, init = name(system, ".safetensors"), lambda system=system: model_of(system, scale, corpus.phones + 1).init(
+        path, init = name(system, ".safetensors"), lambda system=system: model_of(system, scale, corpus.phonemes + 1).init(
             np.random.default_rng(chosen.seed))
         some = lambda updates, system=system: speech_task(system, scale, corpus, plan, updates)
         test = lambda params, system=system, **decoders: speech_test(params, system, scale, corpus, greedy=ctc_greedy_decode, **decoders)
+        if not epochs and not os.path.exists(path):
+            print(f"{system}: an epoch is timed", flush=True)
         task = some(epochs * per_epoch) if epochs else task_for_budget(path, some, init, 60 * chosen.minutes, range(per_epoch))
         state = training_open(path, task, init)
         weights = sum(x.size for x in state.params.values())
         print(f"{system}: {weights:,} weights, from update {state.update} of {task.plan['updates']}, {per_epoch} an epoch", flush=True)
         state = train(path, task, state, updates=task.plan["updates"], measure=test, measured=lambda update: update % per_epoch == 0,
-                      loss="{:.3f} nats a phone".format)
+                      loss="{:.3f} nats a phoneme".format)
         wall, processor = (per_epoch * seconds for seconds in update_seconds(state, task, range(per_epoch)))
         results_save(name(system, ".json"), {
             "plan": task.plan, "weights": weights, "updates": state.update, "epochs": state.update / per_epoch, "seconds": state.seconds,
@@ -248,7 +253,7 @@ def main() -> None:
             "history": state.history})
     results = results_load({system: name(system, ".json") for system in SYSTEMS})
     figure(os.path.join(chosen.out, f"{scale}-{corpus.name}.png"), results, corpus.name, per_epoch)
-    print(f"\n{'':<8} {'':>10} {'':>7} {'':>8} {'seconds an epoch':>17}  {'nats a phone':>15}  {'phone errors':>15}")
+    print(f"\n{'':<8} {'':>10} {'':>7} {'':>8} {'seconds an epoch':>17}  {'nats a phoneme':>15}  {'phoneme errors':>15}")
     print(f"{'system':<8} {'weights':>10} {'epochs':>7} {'minutes':>8} {'processor':>10} {'wall':>6}  {'training':>8} {'test':>6}  "
           f"{'greedy':>7} {'beam':>7}")
     for system, r in results.items():

@@ -220,7 +220,7 @@ def task_for_budget(path: str | os.PathLike[str], task: Callable[[int], Task], i
     if os.path.exists(path):
         return task(checkpoint_load(path)[1].get("plan", {}).get("updates", 1))
     state = training_init(init())
-    planned = task(max(round(seconds / update_seconds(state, task(1), updates)[1]), 1))
+    planned = task(max(round(seconds / update_seconds(state, task(max(updates) + 1), updates)[1]), 1))
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     training_save(path, state, planned)
     return planned
