@@ -3,15 +3,15 @@
 --data names the folder of an4_logmel.npz (948 utterances to learn from, 130 to test on: spelled names, dates, numbers) or kathleen_logmel.npz
 (992 and 111 read sentences of one speaker), 40 log-mel bands a frame; without it the speech is made up: phonemes that are random spectra, held
 for a few frames, in noise. Bands are normalised by what there is to learn from. In training up to two spans of frames and two of bands are
-hidden in each utterance.
+hidden in each utterance, and its first position starts up to two frames late.
 
 Adam with 1e-3, warmed up, then falling to 0 along half a cosine; gradients are clipped to norm 1; batches of eight utterances of like length.
 The fall must know its end. So an epoch is timed first, and the updates that --minutes are worth by it become the training's plan; --epochs
 says directly how many. The test set is read once an epoch, for the curve; nothing is chosen by it.
 
-The paper trains on 80 hours (WSJ), with a frame for each position and 9 layers; its learning rate falls when progress stalls. Here it is 45
-minutes of speech and, in the small scale, 4 layers and three frames a position; the Bi-LSTM has as many weights as they. --scale paper is the
-paper's size: heads of 32, which the paper does not give, and for the Bi-LSTM 3 layers of 320.
+The paper trains on 80 hours (WSJ), 9 layers of 6 heads. Here it is 45 minutes of speech and, in the small scale, 4 layers of 6 heads of 32 and
+three frames a position; the Bi-LSTM has as many weights as they. --scale paper has the paper's layers and heads, and its Bi-LSTM of 3 layers of
+320; heads of 32 and one frame a position are our reading of it.
 
 The same command goes on where it was stopped. In the folder: a checkpoint and results (JSON) of each system, and a figure of all systems
 trained so far. Seconds an epoch are of one more epoch at the end, whose result is thrown away.
@@ -244,7 +244,8 @@ def main() -> None:
         state = training_open(path, task, init)
         weights = sum(x.size for x in state.params.values())
         print(f"{system}: {weights:,} weights, from update {state.update} of {task.plan['updates']}, {per_epoch} an epoch", flush=True)
-        state = train(path, task, state, updates=task.plan["updates"], measure=test, measured=lambda update: update % per_epoch == 0,
+        end = task.plan["updates"]
+        state = train(path, task, state, updates=end, measure=test, measured=lambda update, end=end: update % per_epoch == 0 or update == end,
                       loss="{:.3f} nats a phoneme".format)
         wall, processor = (per_epoch * seconds for seconds in update_seconds(state, task, range(per_epoch)))
         results_save(name(system, ".json"), {

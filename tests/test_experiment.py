@@ -257,6 +257,8 @@ def test_epochs_and_seeds_have_orders_of_their_own(lengths: np.ndarray | None) -
     assert len({tuple(tuple(sorted(part.tolist())) for part in parts) for parts in epochs}) == 4
     assert len({frozenset(frozenset(part.tolist()) for part in parts) for parts in epochs}) == 4
     assert len({tuple(np.argsort([part.mean() for part in parts])) for parts in epochs}) == 4
+    left = [set(range(40)) - {int(x) for i in range(4) for x in experiment.epoch_part(4 * epoch + i, 9, 40, 0, lengths)} for epoch in range(99)]
+    assert set.union(*left) == set(range(40))                                    # each is left over now and then, and not the longest always
 
 
 def test_a_checkpoint_of_another_plan_is_refused_with_words(tmp_path: Path) -> None:
