@@ -8,14 +8,14 @@ system, and a figure of all systems trained so far.
 """
 from __future__ import annotations
 
-import json
 import os
 import sys
 from typing import Any
 
 import numpy as np
 
-from refattn.experiment import Params, Row, Task, arguments, figure_save, require_extras, results_save, train, training_open
+from refattn.experiment import (Params, Row, Task, arguments, curves_draw, figure_save, require_extras, results_load, results_save, train,
+                                training_open)
 from refattn.losses import cross_entropy_backward, cross_entropy_forward
 from refattn.optim import AdamSlots, adam_step, clip_by_global_norm, dropped_rate, radam_step, warm_up
 from refattn.transformer import Config, transformer_backward, transformer_forward, transformer_init
@@ -75,15 +75,10 @@ def figure(path: str, results: dict[str, Any]) -> None:
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(10, 4), layout="constrained")
-    for ax, x, label in zip(drawn.subplots(1, 2, sharey=True), ("update", "seconds"), ("updates", "minutes of processor time"), strict=True):
-        for system in results:
-            rows = results[system]["history"]
-            ax.semilogy([row[x] / (60 if x == "seconds" else 1) for row in rows], [row["loss"] for row in rows], label=system,
-                        color=f"C{SYSTEMS.index(system)}")
-        ax.set(xlabel=label, ylabel="loss of the second half, nats")
-        ax.label_outer()
-        ax.grid(alpha=0.3)
-    ax.legend()
+    axes = drawn.subplots(1, 2, sharey=True)
+    curves_draw(axes, results, SYSTEMS, {"updates": lambda row: row["update"], "minutes of processor time": lambda row: row["seconds"] / 60},
+                ("loss of the second half, nats", lambda row: row["loss"]))
+    axes[0].set_yscale("log")
     figure_save(path, drawn)
 
 
@@ -105,11 +100,7 @@ def main() -> None:
                       measure=lambda params, config=config: copy_test(params, config, count))
         results_save(name(system, ".json"), {"plan": task.plan, "updates": state.update, "seconds": state.seconds, "loss": state.loss,
                                              **copy_test(state.params, config, 4 * count), "history": state.history})
-    results = {}
-    for system in SYSTEMS:
-        if os.path.exists(name(system, ".json")):
-            with open(name(system, ".json"), encoding="utf-8") as file:
-                results[system] = json.load(file)
+    results = results_load({system: name(system, ".json") for system in SYSTEMS})
     figure(os.path.join(chosen.out, f"{scale}.png"), results)
     print(f"\n{'system':<8} {'updates':>8} {'minutes':>8} {'a second':>9} {'loss':>8} {'test loss':>10} {'accuracy':>9} {'whole':>7}")
     for system, r in results.items():

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,17 +73,26 @@ def train_step(state: Training, task: Task) -> Training:
     return state._replace(params=params, slots=slots, update=state.update + 1, loss=mean)
 
 
-def epoch_part(update: int, size: int, count: int, seed: int) -> np.ndarray:
+def epoch_part(update: int, size: int, count: int, seed: int, lengths: np.ndarray | None = None) -> np.ndarray:
     """Which `size` of `count` examples update i takes: each has its turn once an epoch, in an order of the epoch's own; the few that are left
-    over have theirs in another.
+    over have theirs in another. With `lengths` (count,), the examples of an update are about equally long, and so need little padding: they
+    are neighbours in the order of length, each length taken up to a tenth too long, so that every epoch has other neighbours.
 
     >>> sorted(int(x) for i in (4, 5) for x in epoch_part(i, 2, 4, seed=0))
     [0, 1, 2, 3]
+    >>> sorted(sorted(epoch_part(i, 2, 4, 0, np.array([9, 70, 10, 60])).tolist()) for i in (4, 5))
+    [[0, 2], [1, 3]]
     """
     if not 0 < size <= count:
         raise ValueError(f"size: expected 1 to count = {count} examples for an update, got {size}")
     epoch, part = divmod(update, count // size)
-    return np.random.default_rng([seed, epoch]).permutation(count)[part * size: (part + 1) * size]
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(count)
+    if lengths is not None:
+        order = order[: count // size * size]
+        order = order[np.argsort(lengths[order] * rng.uniform(1.0, 1.1, order.size))]
+        part = rng.permutation(count // size)[part]
+    return order[part * size: (part + 1) * size]
 
 
 # --- the file that it goes on from -------------------------------------------------------------------------------------------------------
@@ -190,6 +199,33 @@ def train(path: str | os.PathLike[str], task: Task, state: Training, *, updates:
     return state
 
 
+# --- a budget of time for a schedule that must know its end ------------------------------------------------------------------------------
+
+def update_seconds(state: Training, task: Task, updates: Sequence[int]) -> tuple[float, float]:
+    """Seconds by the wall clock, and of processor time, that an update takes: the mean over those numbered `updates`. Nothing is learnt."""
+    train_step(state._replace(update=updates[0]), task)                          # whatever is done but once in a process
+    wall, processor = time.perf_counter(), time.process_time()
+    for update in updates:
+        train_step(state._replace(update=update), task)
+    return (time.perf_counter() - wall) / len(updates), (time.process_time() - processor) / len(updates)
+
+
+def task_for_budget(path: str | os.PathLike[str], task: Callable[[int], Task], init: Callable[[], Params], seconds: float,
+                    updates: Sequence[int]) -> Task:
+    """`task(n)` with as many updates n as so many seconds of processor time are worth, by the mean cost of those numbered `updates`.
+
+    n has to stand in the plan, under "updates". It is measured once: a training in `path` has its own already, and a new one is saved there
+    at once, so that after an interruption, whatever the moment, the rate decays as it would have.
+    """
+    if os.path.exists(path):
+        return task(checkpoint_load(path)[1].get("plan", {}).get("updates", 1))
+    state = training_init(init())
+    planned = task(max(round(seconds / update_seconds(state, task(max(updates) + 1), updates)[1]), 1))
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    training_save(path, state, planned)
+    return planned
+
+
 # --- the command and its files -----------------------------------------------------------------------------------------------------------
 
 EXTRAS = {"sklearn": "scikit-learn", "safetensors": "safetensors", "tqdm": "tqdm", "matplotlib": "matplotlib"}
@@ -216,6 +252,28 @@ def arguments(doc: str | None, *, out: str, minutes: float, prog: str | None = N
 def results_save(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
     """A JSON file, replaced whole; NaN is refused."""
     replace_file(path, json.dumps(record, indent=1, allow_nan=False).encode())
+
+
+def results_load(paths: Mapping[str, str]) -> dict[str, Any]:
+    """Of these files by name, what is in those that exist."""
+    found = {}
+    for name, path in paths.items():
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                found[name] = json.load(file)
+    return found
+
+
+def curves_draw(axes: Sequence[Any], results: Mapping[str, Any], order: Sequence[str], across: Mapping[str, Callable[[Row], float]],
+                up: tuple[str, Callable[[Row], float]]) -> None:
+    """Each history of `results` on each of matplotlib's `axes`, one for each label in `across`; a name has its colour by its place in `order`."""
+    for ax, (label, x) in zip(axes, across.items(), strict=True):
+        for name, record in results.items():
+            ax.plot([x(row) for row in record["history"]], [up[1](row) for row in record["history"]], label=name, color=f"C{order.index(name)}")
+        ax.set(xlabel=label, ylabel=up[0])
+        ax.label_outer()
+        ax.grid(alpha=0.3)
+    axes[-1].legend()
 
 
 def figure_save(path: str | os.PathLike[str], figure: Any) -> None:

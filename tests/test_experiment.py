@@ -162,6 +162,43 @@ def test_a_budget_of_seconds_counts_updates_alone_and_all_runs(tmp_path: Path, m
     assert_same_training(state, after(begin(), 5))
 
 
+def schedule(updates: int) -> Task:
+    task = tiny_task()
+    return task._replace(plan={**task.plan, "updates": updates},
+                         optimize=lambda *at: radam_step(*at[:3], learning_rate=1e-2 * (1 - at[3] / updates)))
+
+
+def test_a_budget_of_seconds_becomes_a_number_of_updates_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Update i costs i seconds of processor time here, and half as many by the clock."""
+    clock, step = [0.0], experiment.train_step
+
+    def slow(state: Training, task: Task) -> Training:
+        clock[0] += state.update
+        return step(state, task)
+
+    monkeypatch.setattr(experiment, "train_step", slow)
+    monkeypatch.setattr(experiment.time, "process_time", lambda: clock[0])
+    monkeypatch.setattr(experiment.time, "perf_counter", lambda: clock[0] / 2)
+    state = begin()
+    assert experiment.update_seconds(state, tiny_task(), (2, 3, 7)) == (2.0, 4.0)
+    assert_same_training(state, begin())
+    init = lambda: begin().params
+    task = experiment.task_for_budget(tmp_path / "deep" / "x", schedule, init, 83.0, range(3, 6))
+    assert task.plan["updates"] == 21                                            # 83 / 4
+    assert_same_training(experiment.training_load(tmp_path / "deep" / "x", task), begin())
+    # a machine that has grown slower, or a process that starts again, finds the number that there is
+    monkeypatch.delattr(experiment, "train_step")
+    again = experiment.task_for_budget(tmp_path / "deep" / "x", schedule, init, 83.0, range(30, 60))
+    assert again.plan == task.plan
+    experiment.training_save(tmp_path / "y", begin(), tiny_task())               # one without a number: its plan is another
+    with pytest.raises(ValueError, match=r"updates = None \(now 1\)"):
+        experiment.training_open(tmp_path / "y", experiment.task_for_budget(tmp_path / "y", schedule, init, 83.0, range(3)), init)
+
+
+def test_a_budget_for_less_than_one_update_is_one(tmp_path: Path) -> None:
+    assert experiment.task_for_budget(tmp_path / "x", schedule, lambda: begin().params, 1e-9, range(2)).plan["updates"] == 1
+
+
 def test_a_training_that_is_done_is_left_as_it_is(tmp_path: Path) -> None:
     state = experiment.train(tmp_path / "x", tiny_task(), begin(), updates=2)
     before = os.stat(tmp_path / "x").st_mtime_ns, (tmp_path / "x").read_bytes()
@@ -200,9 +237,28 @@ def test_every_example_has_its_turn_at_most_once_an_epoch(size: int, count: int,
     assert len(set(np.concatenate(seen).tolist())) == parts * size and set(np.concatenate(seen).tolist()) <= set(range(count))
 
 
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    orders = [experiment.epoch_part(update, 20, 20, seed).tolist() for update, seed in ((0, 0), (1, 0), (0, 1))]
-    assert len({tuple(order) for order in orders}) == 3
+@given(size=st.integers(1, 5), count=st.integers(5, 17), epoch=st.integers(0, 3), seed=st.integers(0, 99))
+def test_examples_of_like_length_go_together(size: int, count: int, epoch: int, seed: int) -> None:
+    """Each at most once an epoch; and of two updates one has no example that is more than a tenth longer than any of the other's."""
+    lengths, parts = np.random.default_rng(seed).integers(1, 50, count), count // size
+    seen = [experiment.epoch_part(epoch * parts + i, size, count, seed, lengths) for i in range(parts)]
+    assert all(part.shape == (size,) for part in seen)
+    assert len(set(np.concatenate(seen).tolist())) == parts * size and set(np.concatenate(seen).tolist()) <= set(range(count))
+    for i in range(parts):
+        for one, other in ((lengths[seen[i]], lengths[seen[j]]) for j in range(i)):
+            assert one.max() <= 1.1 * other.min() or other.max() <= 1.1 * one.min()
+
+
+@pytest.mark.parametrize("lengths", [None, np.arange(40, 80)])
+def test_epochs_and_seeds_have_orders_of_their_own(lengths: np.ndarray | None) -> None:
+    """Of the examples of an update, and of the updates: the shortest do not always come first."""
+    whole = lambda epoch, seed: [experiment.epoch_part(10 * epoch + i, 4, 40, seed, lengths) for i in range(10)]
+    epochs = [whole(epoch, seed) for epoch, seed in ((0, 0), (1, 0), (0, 1), (2, 0))]
+    assert len({tuple(tuple(sorted(part.tolist())) for part in parts) for parts in epochs}) == 4
+    assert len({frozenset(frozenset(part.tolist()) for part in parts) for parts in epochs}) == 4
+    assert len({tuple(np.argsort([part.mean() for part in parts])) for parts in epochs}) == 4
+    left = [set(range(40)) - {int(x) for i in range(4) for x in experiment.epoch_part(4 * epoch + i, 9, 40, 0, lengths)} for epoch in range(99)]
+    assert set.union(*left) == set(range(40))                                    # each is left over now and then, and not the longest always
 
 
 def test_a_checkpoint_of_another_plan_is_refused_with_words(tmp_path: Path) -> None:
@@ -230,6 +286,25 @@ def test_results_are_json_and_whole(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         experiment.results_save(tmp_path / "r.json", {"x": math.nan})
     assert json.loads((tmp_path / "r.json").read_text()) == {"x": [1, 0.1]}
+
+
+def test_results_that_are_there_are_loaded_under_their_names(tmp_path: Path) -> None:
+    experiment.results_save(tmp_path / "a.json", {"π": 3})
+    paths = {name: str(tmp_path / f"{name}.json") for name in ("b", "a")}
+    assert experiment.results_load(paths) == {"a": {"π": 3}}
+
+
+def test_curves_are_drawn_as_they_are(tmp_path: Path) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    results = {name: {"history": [{"update": 10 * i, "seconds": 60.0 * i, "loss": k + i} for i in range(3)]} for k, name in enumerate("ca")}
+    axes = figure.subplots(1, 2)
+    experiment.curves_draw(axes, results, "abc", {"updates": lambda row: row["update"], "minutes": lambda row: row["seconds"] / 60},
+                           ("loss", lambda row: 2 * row["loss"]))
+    for ax, label, across in zip(axes, ("updates", "minutes"), ([0, 10, 20], [0, 1, 2]), strict=True):
+        assert ax.get_xlabel() == label
+        assert [(line.get_label(), line.get_color(), line.get_xdata().tolist(), line.get_ydata().tolist()) for line in ax.get_lines()] == [
+            ("c", "C2", across, [0, 2, 4]), ("a", "C0", across, [2, 4, 6])]
+    assert axes[0].get_ylabel() == "loss" and [text.get_text() for text in axes[1].get_legend().get_texts()] == ["c", "a"]
 
 
 @pytest.mark.parametrize("options", [["--minutes", "0"], ["--minutes", "nan"], ["--minutes", "soon"], ["--seed", "-1"], ["--seed", "x"]])
