@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import layers
+from . import attention_layer, layers
 from ._array import Array, check_dtypes, check_positive, check_shape, namespace
 from .layers import Grads, Params, Residuals, affine_params, check_choice, keep_real, real_positions
 
@@ -96,7 +96,7 @@ def transformer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         shapes["positions.weight"] = (config.length, E)
     for i in range(config.layers):
         shapes |= _affine_shapes(f"blocks.{i}.attention.norm", E)
-        for part in (*layers.attention_inputs(config.attention), "out"):
+        for part in (*attention_layer.attention_inputs(config.attention), "out"):
             shapes |= _affine_shapes(f"blocks.{i}.attention.{part}", E, E)
         shapes |= _affine_shapes(f"blocks.{i}.feed_forward.norm", E)
         shapes |= _affine_shapes(f"blocks.{i}.feed_forward.in", E, F) | _affine_shapes(f"blocks.{i}.feed_forward.out", F, E)
@@ -199,7 +199,7 @@ def transformer_forward(params: Params, inputs: Array, config: Config, *, length
     r_blocks = []
     for i in range(config.layers):
         name = f"blocks.{i}.attention"
-        x, r_attention = _around_forward(params, name, x, config, lambda y, name=name: layers.attention_forward(  # type: ignore[misc]
+        x, r_attention = _around_forward(params, name, x, config, lambda y, name=name: attention_layer.attention_forward(  # type: ignore[misc]
             params, name, y, causal=config.causal, lengths=lengths, rng=rng, **_heads(config)))
         name = f"blocks.{i}.feed_forward"
         x, r_feed_forward = _around_forward(params, name, x, config, lambda y, name=name: layers.feed_forward_forward(  # type: ignore[misc]
@@ -248,7 +248,7 @@ def transformer_backward(dlogits: Array, residuals: Residuals) -> Grads:
     for i in reversed(range(config.layers)):
         r_attention, r_feed_forward = r_blocks[i]
         dx = _around_backward(grads, f"blocks.{i}.feed_forward", dx, config, r_feed_forward, layers.feed_forward_backward)
-        dx = _around_backward(grads, f"blocks.{i}.attention", dx, config, r_attention, layers.attention_backward)
+        dx = _around_backward(grads, f"blocks.{i}.attention", dx, config, r_attention, attention_layer.attention_backward)
     if r_positions is not None:
         dx, grads["positions.weight"] = layers.positions_backward(dx, r_positions)
     if config.features:
@@ -294,7 +294,7 @@ def transformer_prefill(params: Params, inputs: Array, config: Config) -> tuple[
     shape = _check_inputs(params, inputs, config, ("N",))
     x, _ = _read_forward(params, inputs, config)
     x, _ = _positions_forward(params, x, config, 0)
-    return _decode(params, x, config, shape[-1], lambda name, y, i: layers.attention_prefill(params, name, y, **_heads(config)))
+    return _decode(params, x, config, shape[-1], lambda name, y, i: attention_layer.attention_prefill(params, name, y, **_heads(config)))
 
 
 def transformer_step_init(config: Config, batch: int, dtype: Any = np.float32) -> TransformerState:
@@ -322,7 +322,7 @@ def transformer_step_init(config: Config, batch: int, dtype: Any = np.float32) -
     """
     transformer_shapes(config)
     _check_recurrent(config)
-    return TransformerState(0, tuple(layers.attention_init((batch,), config.width, dtype, **_heads(config)) for _ in range(config.layers)))
+    return TransformerState(0, tuple(attention_layer.attention_init((batch,), config.width, dtype, **_heads(config)) for _ in range(config.layers)))
 
 
 def transformer_step(params: Params, input_t: Array, state: TransformerState, config: Config) -> tuple[Array, TransformerState]:
@@ -362,7 +362,7 @@ def transformer_step(params: Params, input_t: Array, state: TransformerState, co
     x, _ = _read_forward(params, input_t, config)
     x, _ = _positions_forward(params, x[..., None, :], config, state.position)
     return _decode(params, x[..., 0, :], config, state.position + 1,
-                   lambda name, y, i: layers.attention_step(params, name, y, state.layers[i], **_heads(config)))
+                   lambda name, y, i: attention_layer.attention_step(params, name, y, state.layers[i], **_heads(config)))
 
 
 def _decode(params: Params, x: Array, config: Config, position: int,
@@ -462,6 +462,6 @@ def _check_inputs(params: Params, inputs: Array, config: Config, axes: tuple[str
 
 
 def _check_recurrent(config: Config) -> None:
-    layers.recurrent_inputs(config.attention)
+    attention_layer.recurrent_inputs(config.attention)
     if not config.causal:
         raise ValueError("config: expected causal=True, got causal=False: only a causal model can be read as a recurrence")

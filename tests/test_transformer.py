@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refattn import layers
+from refattn import attention_layer
 from refattn import oracle as definitions
 from refattn.losses import cross_entropy_backward, cross_entropy_forward
 from refattn.optim import adam_init, adam_step
@@ -41,8 +41,8 @@ recurrent = st.builds(lambda c, attention: c._replace(causal=True, attention=att
 @pytest.fixture(autouse=True, scope="module")
 def few_buckets():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "LSH_BUCKETS", BUCKETS)
-        patch.setattr(layers, "LSH_CHUNK", CHUNK)
+        patch.setattr(attention_layer, "LSH_BUCKETS", BUCKETS)
+        patch.setattr(attention_layer, "LSH_CHUNK", CHUNK)
         yield
 
 
