@@ -1,25 +1,32 @@
 """Attention as a layer of a model: projections into heads, attention in each of them, and back; its transpose, and its recurrent twin.
 
-    y = merge(attend(split(x W_q), split(x W_k), split(x W_v))) W_out + b_out        (eq. 2-12 of the paper, per head; biases left out)
+    self-attention     y = merge(attend(split(x W_q), split(x W_k), split(x W_v))) W_out        (eq. 2-12 of the paper, per head)
+    cross attention    y = merge(attend(split(x W_q), split(m W_k), split(m W_v))) W_out        m a memory, of a length and a width of its own
 
-Attention is "linear", "softmax" or "lsh-R", the Reformer's with R rounds of hashing, whose queries are its keys. Parameters, gradients and
-dtypes as in `refattn.layers`.
+Each W with its bias. Attention is "linear", "softmax" or "lsh-R", the Reformer's with R rounds of hashing, whose queries are its keys, so that
+it has no cross attention. Parameters, gradients and dtypes as in `refattn.layers`.
 
-Axes   ... any leading axes (batch) · N positions · E model width · H heads · D = E/H features of a head
+Axes   ... any leading axes (batch) · N positions · E model width · H heads · D = E/H features of a head · Nm, Em those of the memory
 """
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._array import Array, accumulator, check_positive, namespace
-from .attention import causal_linear_attention, causal_linear_attention_step, linear_attention_vjp
+from ._array import Array, accumulator, check_dtypes, check_positive, check_shape, namespace
+from .attention import (
+    causal_linear_attention,
+    causal_linear_attention_step,
+    linear_attention_read,
+    linear_attention_state,
+    linear_attention_vjp,
+)
 from .layers import Grads, Params, Residuals, affine_backward, affine_forward, affine_params, keep_real, real_positions
 from .lsh import lsh_backward, lsh_buckets, lsh_forward, lsh_rotations
-from .softmax import softmax_attention_vjp, softmax_prefill, softmax_step
+from .softmax import softmax_attention, softmax_attention_vjp, softmax_prefill, softmax_step
 
 LSH_BUCKETS, LSH_CHUNK = 64, 32          # the paper's, whatever the length
 
@@ -104,17 +111,11 @@ def attention_forward(params: Params, name: str, x: Array, *, heads: int, attent
     real = real_positions(xp, "lengths", lengths, x.shape[:-1])
     x = keep_real(xp, real, x)
     inputs, rounds = attention_inputs(attention), attention_rounds(attention)
-    weights, biases = zip(*(affine_params(params, f"{name}.{part}") for part in inputs), strict=True)
-    projected, r_in = affine_forward(x, xp.concatenate(weights, axis=1), xp.concatenate(biases))
-    qkv = _split(projected, heads, len(inputs))
-    options = {"causal": causal, "query_lengths": lengths, "key_lengths": lengths}
-    pullback: Callable[..., Any]
+    qkv, r_in = _project_forward(params, name, inputs, x, heads)
     if rounds:
         mixed, pullback = _lsh_vjp(*qkv, rounds=rounds, causal=causal, lengths=lengths, real=real, rng=rng)
-    elif attention == "linear":
-        mixed, pullback = linear_attention_vjp(*qkv, feature_map=feature_map, **options)
     else:
-        mixed, pullback = softmax_attention_vjp(*qkv, **options)
+        mixed, pullback = _attend_vjp(attention, feature_map, *qkv, causal=causal, query_lengths=lengths, key_lengths=lengths)
     out, r_out = affine_forward(_merge(mixed), *affine_params(params, f"{name}.out"))
     return keep_real(xp, real, out), (name, inputs, heads, real, r_in, pullback, r_out)
 
@@ -134,17 +135,9 @@ def attention_backward(dout: Array, residuals: Residuals) -> tuple[Array, Grads]
         Under the keys that the forward read.
     """
     name, inputs, heads, real, r_in, pullback, r_out = residuals
-    xp, parts = namespace(dout=dout), len(inputs)
     grads: Grads = {}
-    dmerged, grads[f"{name}.out.weight"], grads[f"{name}.out.bias"] = affine_backward(keep_real(xp, real, dout), r_out)
-    dmixed, = _split(dmerged, heads, 1)
-    dprojected = xp.empty((*dmerged.shape[:-1], parts * dmerged.shape[-1]), dmerged.dtype)
-    for into, d in zip(_split(dprojected, heads, parts), pullback(dmixed), strict=True):
-        into[...] = d
-    dx, dweight, dbias = affine_backward(dprojected, r_in)
-    for part, dw, db in zip(inputs, xp.split(dweight, parts, axis=1), xp.split(dbias, parts), strict=True):
-        grads[f"{name}.{part}.weight"], grads[f"{name}.{part}.bias"] = dw, db
-    return dx, grads
+    dmixed = _out_backward(grads, name, keep_real(namespace(dout=dout), real, dout), heads, r_out)
+    return _project_backward(grads, name, inputs, heads, pullback(dmixed), r_in), grads
 
 
 def _lsh_vjp(x: np.ndarray, v: np.ndarray, *, rounds: int, causal: bool, lengths: Any, real: np.ndarray | None,
@@ -264,7 +257,215 @@ def attention_step(params: Params, name: str, x_t: Array, state: Any = None, *, 
     return affine_forward(mixed.reshape(x_t.shape), *affine_params(params, f"{name}.out"))[0], state
 
 
+# --- cross attention ---------------------------------------------------------------------------------------------------------------------
+
+def cross_attention_forward(params: Params, name: str, x: Array, memory: Array, *, heads: int, attention: str = "linear",
+                            feature_map: str = "elu1", lengths: Any = None, memory_lengths: Any = None) -> tuple[Array, Residuals]:
+    """Multi-head attention of every position to all of a memory, for example what an encoder made of another sequence.
+
+        q = split(x W_q + b_q)        k, v = split(m W_k + b_k), split(m W_v + b_v)        split: (..., N, E) → (..., H, N, D), D = E/H
+        y = merge(attend(q, k, v)) W_out + b_out                                           eq. 2 or eq. 5 of the paper, per head
+
+    Parameters
+    ----------
+    params : dict
+        Holds `.weight` and `.bias` of `{name}.query` (E, E), `{name}.key` (Em, E), `{name}.value` (Em, E), `{name}.out` (E, E).
+    x : (..., N, E)
+    memory : (..., Nm, Em)
+        m, one for each sequence.
+    heads : int
+        H, a divisor of E.
+    attention : "linear" or "softmax"
+    feature_map : str
+        φ of linear attention.
+    lengths, memory_lengths : integers (...), optional
+        How many positions of each sequence, and of each memory, are real. Padded rows of y are zeros, and whatever padding holds (NaN too)
+        reaches nothing. Where no position of a memory is real, y is b_out.
+
+    Returns
+    -------
+    out : (..., N, E)
+    residuals : tuple
+        For `cross_attention_backward`.
+
+    Raises
+    ------
+    ValueError
+        `attention: expected 'linear' or 'softmax', got 'lsh-4', whose queries are its keys: …`; `memory: expected (..., Nm, Em) = …`;
+        those of `attention_forward`.
+    TypeError
+        A memory in another dtype than x.
+
+    Notes
+    -----
+    4·N·E² + 4·Nm·Em·E flops for the projections; attention itself takes time (N + Nm)·E·D (linear) or N·Nm·E (softmax).
+
+    Examples
+    --------
+    >>> params = {f"a.{part}.weight": np.eye(2) for part in ("query", "key", "value", "out")}
+    >>> params |= {f"a.{part}.bias": np.zeros(2) for part in ("query", "key", "value", "out")}
+    >>> out, residuals = cross_attention_forward(params, "a", np.zeros((3, 2)), np.ones((5, 2)), heads=1)
+    >>> np.round(out, 5).tolist()
+    [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
+    """
+    xp = namespace(x=x, memory=memory)
+    _check_attention(x, heads, attention, "(..., N, E)", 2)
+    _check_memory(params, name, memory, heads, attention, x)
+    real, real_memory = real_positions(xp, "lengths", lengths, x.shape[:-1]), real_positions(xp, "memory_lengths", memory_lengths, memory.shape[:-1])
+    (q,), r_query = _project_forward(params, name, _READING, keep_real(xp, real, x), heads)
+    (k, v), r_memory = _project_forward(params, name, _READ, keep_real(xp, real_memory, memory), heads)
+    mixed, pullback = _attend_vjp(attention, feature_map, q, k, v, query_lengths=lengths, key_lengths=memory_lengths)
+    out, r_out = affine_forward(_merge(mixed), *affine_params(params, f"{name}.out"))
+    return keep_real(xp, real, out), (name, heads, real, r_query, r_memory, pullback, r_out)
+
+
+def cross_attention_backward(dout: Array, residuals: Residuals) -> tuple[Array, Array, Grads]:
+    """Transpose of `cross_attention_forward`, last line first: x is behind q alone, the memory behind k and v.
+
+        dq, dk, dv = attendᵀ(split(dy W_outᵀ))        dx = merge(dq) W_qᵀ        dm = merge(dk) W_kᵀ + merge(dv) W_vᵀ
+
+    Parameters
+    ----------
+    dout : (..., N, E)
+
+    Returns
+    -------
+    dx : (..., N, E);  dmemory : (..., Nm, Em)
+        Zeros in padded rows.
+    grads : dict
+        Under the keys that the forward read.
+    """
+    name, heads, real, r_query, r_memory, pullback, r_out = residuals
+    grads: Grads = {}
+    dq, dk, dv = pullback(_out_backward(grads, name, keep_real(namespace(dout=dout), real, dout), heads, r_out))
+    dx = _project_backward(grads, name, _READING, heads, (dq,), r_query)
+    dmemory = _project_backward(grads, name, _READ, heads, (dk, dv), r_memory)
+    return dx, dmemory, grads
+
+
+class SoftmaxMemory(NamedTuple):
+    """What softmax cross attention keeps of a memory: its keys and values (..., H, Nm, D), and how many of them are real."""
+
+    keys: Array
+    values: Array
+    lengths: Any
+
+
+def cross_attention_init(params: Params, name: str, memory: Array, *, heads: int, attention: str = "linear", feature_map: str = "elu1",
+                         memory_lengths: Any = None) -> Any:
+    """Read a memory once; `cross_attention_read` then needs nothing else of it.
+
+    Parameters
+    ----------
+    params, name, memory, heads, attention, feature_map, memory_lengths
+        As in `cross_attention_forward`, and so are the errors.
+
+    Returns
+    -------
+    state
+        Of linear attention `State(S, z)`, S = Σ_j φ(k_j) v_jᵀ and z = Σ_j φ(k_j) for each head, (..., H, F, D) and (..., H, F), however
+        long the memory is (eq. 6 of the paper); of softmax attention all keys and values.
+
+    Examples
+    --------
+    >>> params = {f"a.{part}.weight": np.eye(2) for part in ("query", "key", "value", "out")}
+    >>> params |= {f"a.{part}.bias": np.zeros(2) for part in ("query", "key", "value", "out")}
+    >>> cross_attention_init(params, "a", np.ones((5, 2)), heads=1).z.tolist()
+    [[10.0, 10.0]]
+    """
+    xp = namespace(memory=memory)
+    _check_memory(params, name, memory, heads, attention)
+    real = real_positions(xp, "memory_lengths", memory_lengths, memory.shape[:-1])
+    (k, v), _ = _project_forward(params, name, _READ, keep_real(xp, real, memory), heads)
+    if attention == "linear":
+        return linear_attention_state(k, v, feature_map=feature_map, key_lengths=memory_lengths)
+    return SoftmaxMemory(k, v, memory_lengths)
+
+
+def cross_attention_read(params: Params, name: str, x: Array, state: Any, *, heads: int, attention: str = "linear",
+                         feature_map: str = "elu1") -> Array:
+    """`cross_attention_forward` from what `cross_attention_init` kept of the memory: for one position or for many.
+
+    Parameters
+    ----------
+    params, name, heads, attention, feature_map
+        As in `cross_attention_forward`.
+    x : (..., N, E)
+        Positions do not see one another: whether they come at once or one by one changes nothing.
+    state
+        It is left as it was, and serves all positions.
+
+    Returns
+    -------
+    out : (..., N, E)
+
+    Notes
+    -----
+    Attention itself takes time N·E·D (linear), whatever Nm was, or N·Nm·E (softmax).
+
+    Examples
+    --------
+    >>> params = {f"a.{part}.weight": np.eye(2) for part in ("query", "key", "value", "out")}
+    >>> params |= {f"a.{part}.bias": np.zeros(2) for part in ("query", "key", "value", "out")}
+    >>> state = cross_attention_init(params, "a", np.ones((5, 2)), heads=1)
+    >>> np.round(cross_attention_read(params, "a", np.zeros((1, 2)), state, heads=1), 5).tolist()
+    [[1.0, 1.0]]
+    """
+    _check_attention(x, heads, attention, "(..., N, E)", 2)
+    cross_inputs(attention)
+    (q,), _ = _project_forward(params, name, _READING, x, heads)
+    check_shape("state", state[0], "(..., H, *, D)", (*q.shape[:-2], state[0].shape[-2], q.shape[-1]), "one memory for each sequence")
+    if attention == "linear":
+        mixed = linear_attention_read(q, state, feature_map=feature_map)
+    else:
+        mixed = softmax_attention(q, *state[:2], key_lengths=state.lengths)
+    return affine_forward(_merge(mixed), *affine_params(params, f"{name}.out"))[0]
+
+
+_READING, _READ = ("query",), ("key", "value")
+
+
+def cross_inputs(attention: str) -> tuple[str, ...]:
+    """The projections that cross attention reads, by name; ValueError for LSH attention."""
+    if attention_rounds(attention):
+        raise ValueError(f"attention: expected 'linear' or 'softmax', got {attention!r}, whose queries are its keys: it has no cross attention")
+    return (*_READING, *_READ)
+
+
 # --- what they share ---------------------------------------------------------------------------------------------------------------------
+
+def _project_forward(params: Params, name: str, inputs: Sequence[str], x: Array, heads: int) -> tuple[list[Array], Residuals]:
+    """split(x W + b) for each of `inputs`, by one product with the weights side by side."""
+    xp = namespace(x=x)
+    weights, biases = zip(*(affine_params(params, f"{name}.{part}") for part in inputs), strict=True)
+    projected, residuals = affine_forward(x, xp.concatenate(weights, axis=1), xp.concatenate(biases))
+    return _split(projected, heads, len(inputs)), residuals
+
+
+def _project_backward(grads: Grads, name: str, inputs: Sequence[str], heads: int, dparts: Sequence[Array], residuals: Residuals) -> Array:
+    """Transpose of `_project_forward`: puts the gradients of its parameters into `grads` and returns dx."""
+    x, weight = residuals
+    xp, parts = namespace(x=x), len(inputs)
+    dprojected = xp.empty((*x.shape[:-1], weight.shape[1]), x.dtype)
+    for into, d in zip(_split(dprojected, heads, parts), dparts, strict=True):
+        into[...] = d
+    dx, dweight, dbias = affine_backward(dprojected, residuals)
+    for part, dw, db in zip(inputs, xp.split(dweight, parts, axis=1), xp.split(dbias, parts), strict=True):
+        grads[f"{name}.{part}.weight"], grads[f"{name}.{part}.bias"] = dw, db
+    return dx
+
+
+def _out_backward(grads: Grads, name: str, dout: Array, heads: int, residuals: Residuals) -> Array:
+    """Transpose of y = merge(·) W_out + b_out."""
+    dmerged, grads[f"{name}.out.weight"], grads[f"{name}.out.bias"] = affine_backward(dout, residuals)
+    return _split(dmerged, heads, 1)[0]
+
+
+def _attend_vjp(attention: str, feature_map: str, q: Array, k: Array, v: Array, **options: Any) -> tuple[Array, Callable[..., Any]]:
+    if attention == "linear":
+        return linear_attention_vjp(q, k, v, feature_map=feature_map, **options)
+    return softmax_attention_vjp(q, k, v, **options)
+
 
 def _split(x: Array, heads: int, parts: int) -> list[Array]:
     """(..., N, parts·E) as `parts` views (..., H, N, D)."""
@@ -282,5 +483,21 @@ def _check_attention(x: Array, heads: int, attention: str, axes: str, least: int
     if x.ndim < least:
         raise ValueError(f"x: expected {axes}, got {tuple(x.shape)}")
     attention_rounds(attention)
-    if x.shape[-1] % check_positive("heads", heads):
-        raise ValueError(f"heads: expected a divisor of E = {x.shape[-1]}, got {heads}")
+    _check_heads(heads, x.shape[-1])
+
+
+def _check_heads(heads: int, width: int) -> None:
+    if width % check_positive("heads", heads):
+        raise ValueError(f"heads: expected a divisor of E = {width}, got {heads}")
+
+
+def _check_memory(params: Params, name: str, memory: Array, heads: int, attention: str, x: Array = None) -> None:
+    cross_inputs(attention)
+    weight = affine_params(params, f"{name}.key")[0]
+    _check_heads(heads, weight.shape[1])
+    if memory.ndim < 2:
+        raise ValueError(f"memory: expected (..., Nm, Em), got {tuple(memory.shape)}")
+    lead = memory.shape[:-2] if x is None else x.shape[:-2]
+    check_shape("memory", memory, "(..., Nm, Em)", (*lead, memory.shape[-2], weight.shape[0]),
+                "one memory for each sequence, as wide as the key's weight has rows")
+    check_dtypes(x=x, memory=memory)

@@ -18,22 +18,25 @@ PARTS = [f"a.{part}.{kind}" for part in ("query", "key", "value", "out") for kin
 kinds = st.sampled_from(["linear", "softmax"])
 
 
-def attention_params(rng, E, dtype):
-    return {key: draw(rng, (E, E) if key.endswith("weight") else (E,), dtype) for key in PARTS}
+def attention_params(rng, E, dtype, Em=None):
+    """Keys and values of a memory have rows of their own."""
+    rows = lambda key: Em if Em and ".out." not in key and ".query." not in key else E
+    return {key: draw(rng, (rows(key), E) if key.endswith("weight") else (E,), dtype) for key in PARTS}
 
 
-def attention_oracle(x, *params, heads, attention, causal, lengths):
+def attention_oracle(x, memory, *params, heads, attention, lengths, memory_lengths, causal=False):
     """Position by position and head by head, as eq. 2, 5 and 9 are printed; only real positions are looked at."""
     wq, bq, wk, bk, wv, bv, wo, bo = params
     out = np.zeros_like(x)
-    for b, n in enumerate(lengths):
-        q, k, v = (np.einsum("ne,ef->nf", x[b, :n], w) + bias for w, bias in ((wq, bq), (wk, bk), (wv, bv)))
+    for b, (n, m) in enumerate(zip(lengths, memory_lengths, strict=True)):
+        q = np.einsum("ne,ef->nf", x[b, :n], wq) + bq
+        k, v = (np.einsum("ne,ef->nf", memory[b, :m], w) + bias for w, bias in ((wk, bk), (wv, bv)))
         mixed = np.zeros_like(q)
         D = x.shape[-1] // heads
         for h in range(heads):
             own = slice(h * D, h * D + D)
-            for i in range(n):
-                keys = range(i + 1 if causal else n)
+            for i in range(n if m else 0):
+                keys = range(i + 1 if causal else m)
                 if attention == "linear":
                     phi = lambda a: np.where(a.real > 0, a + 1, np.exp(np.where(a.real > 0, 0, a)))
                     weights = [(phi(q[i, own]) * phi(k[j, own])).sum() for j in keys]
@@ -46,20 +49,29 @@ def attention_oracle(x, *params, heads, attention, causal, lengths):
     return out
 
 
-def attention_budget(x, params, dout, heads, attention, causal, lengths):
-    """Balls of out, dx and the gradients: the masked form and its transpose, one sequence at a time."""
+def self_attention_oracle(x, *params, lengths, **options):
+    return attention_oracle(x, x, *params, lengths=lengths, memory_lengths=lengths, **options)
+
+
+def attention_budget(x, memory, params, dout, heads, attention, lengths, memory_lengths, causal=False):
+    """Balls of out, dx, dmemory and the gradients: the masked form and its transpose, one sequence at a time. Where the memory is x itself,
+    that of dx is the one of the sum."""
     wq, bq, wk, bk, wv, bv, wo, bo = (ball(p) for p in params)
     T = lambda a: a.map(lambda m: m.swapaxes(-1, -2))
     D = x.shape[-1] // heads
     split = lambda a: a.map(lambda m: m.reshape(-1, heads, D).swapaxes(0, 1))
     merge = lambda a: a.map(lambda m: m.swapaxes(0, 1).reshape(m.shape[1], heads * D))
-    outs, totals = [np.zeros(x.shape), np.zeros(x.shape)], [np.zeros(p.shape) for p in params]
-    for b, n in enumerate(lengths):
+    outs, totals = [np.zeros(x.shape), np.zeros(x.shape), np.zeros(memory.shape)], [np.zeros(p.shape) for p in params]
+    adding = lambda u: gamma(len(lengths) + 1, "float32" if u > 2.0**-50 else "float64")    # up the sequences: two more roundings of each term
+    for b, (n, m) in enumerate(zip(lengths, memory_lengths, strict=True)):
         if n == 0:
             continue
-        X, dO = ball(x[b, :n]), ball(dout[b, :n])
-        q, k, v = split(X @ wq + bq), split(X @ wk + bk), split(X @ wv + bv)
-        see = Ball(np.tri(n) if causal else np.ones((n, n)), 0.0, X.u)
+        X, M, dO = ball(x[b, :n]), ball(memory[b, :m]), ball(dout[b, :n])
+        totals[7] += dO.sum(0).e[0] + adding(X.u) * dO.size().sum(0)
+        if m == 0:
+            continue
+        q, k, v = split(X @ wq + bq), split(M @ wk + bk), split(M @ wv + bv)
+        see = Ball(np.tri(n) if causal else np.ones((n, m)), 0.0, X.u)
         if attention == "linear":
             phi = lambda a: Ball(np.where(a.v > 0, a.v + 1, np.exp(np.minimum(a.v, 0))), a.e * 2 + 8 * a.u * (a.size() + 1), a.u)
             slope = lambda a: Ball(np.where(a.v > 0, 1, np.exp(np.minimum(a.v, 0))), (a.e + 8 * a.u) * 3, a.u)
@@ -83,17 +95,18 @@ def attention_budget(x, params, dout, heads, attention, causal, lengths):
             dS = dA * A
             dq, dk = (dS @ k) * scale, (T(dS) @ q) * scale
         dq, dk, dv = merge(dq), merge(dk), merge(dv)
-        outs[1][b, :n] = (dq @ T(wq) + dk @ T(wk) + dv @ T(wv)).e
-        for i, g in enumerate((dq, dk, dv)):
-            totals[2 * i] += (T(X) @ g).e
-            totals[2 * i + 1] += g.sum(0).e[0]
-        totals[6] += (T(merge(mixed)) @ dO).e
-        totals[7] += dO.sum(0).e[0]
-        for i, g in enumerate((dq, dk, dv, dO)):            # adding the sequences up: two more roundings of each term
-            left = X if i < 3 else merge(mixed)
-            totals[2 * i] += gamma(len(lengths) + 1, "float32" if X.u > 2.0**-50 else "float64") * (T(left).size() @ g.size())
-            totals[2 * i + 1] += gamma(len(lengths) + 1, "float32" if X.u > 2.0**-50 else "float64") * g.size().sum(0)
+        dX, dM = dq @ T(wq), dk @ T(wk) + dv @ T(wv)
+        outs[1][b, :n], outs[2][b, :m] = (dX + dM).e if memory is x else dX.e, dM.e
+        for i, (left, g) in enumerate(((X, dq), (M, dk), (M, dv), (merge(mixed), dO))):
+            totals[2 * i] += (T(left) @ g).e + adding(X.u) * (T(left).size() @ g.size())
+            if i < 3:
+                totals[2 * i + 1] += g.sum(0).e[0] + adding(X.u) * g.size().sum(0)
     return [*outs, *totals]
+
+
+def self_attention_budget(x, *args, lengths, **options):
+    out, dx, _, *grads = attention_budget(x, x, *args, lengths=lengths, memory_lengths=lengths, **options)
+    return [out, dx, *grads]
 
 
 @given(seeds, st.sampled_from([np.dtype("f8"), np.dtype("f4")]), kinds, st.booleans(), st.sampled_from([(3, 1), (4, 2), (6, 3)]),
@@ -109,10 +122,10 @@ def test_attention_is_its_equation_and_its_backward_the_transpose(seed, dtype, a
         dx, grads = attention_layer.attention_backward(dout, residuals)
     n = lengths if padded else [N, N]
     args = (x, *params.values())
-    oracle = lambda *args: attention_oracle(*args, lengths=n, **options)
+    oracle = lambda *args: self_attention_oracle(*args, lengths=n, **options)
     real = (np.arange(N) < np.asarray(n)[:, None])[..., None]
     expected = [oracle(*(a.astype(REAL) for a in args)), *gradients(oracle, args, np.where(real, dout, 0))]
-    budgets = attention_budget(x, tuple(params.values()), dout, lengths=n, **options)
+    budgets = self_attention_budget(x, tuple(params.values()), dout, lengths=n, **options)
     assert list(grads) and sorted(grads) == sorted(PARTS)
     for actual, value, bound, what in zip((out, dx, *(grads[key] for key in PARTS)), expected, budgets, ("out", "dx", *PARTS), strict=True):
         assert actual.dtype == dtype
@@ -143,8 +156,8 @@ def test_the_steps_and_the_prefill_are_the_causal_form(seed, dtype, attention, N
     rng, E, at = np.random.default_rng(seed), 6, min(at, N)
     params, x = attention_params(rng, E, dtype), draw(rng, (2, N, E), dtype)
     options = {"heads": 3, "attention": attention}
-    bound = attention_budget(x, tuple(params.values()), x, causal=True, lengths=[N, N], **options)[0]
-    expected = attention_oracle(*(a.astype(REAL) for a in (x, *params.values())), causal=True, lengths=[N, N], **options)
+    bound = self_attention_budget(x, tuple(params.values()), x, causal=True, lengths=[N, N], **options)[0]
+    expected = self_attention_oracle(*(a.astype(REAL) for a in (x, *params.values())), causal=True, lengths=[N, N], **options)
     out, state = attention_layer.attention_prefill(params, "a", x[:, :at], **options)
     within(out, expected[:, :at], Ball(bound[:, :at], bound[:, :at], unit_roundoff(dtype)), "prefill")
     first = attention_layer.attention_init((2,), E, dtype, **options)
@@ -204,10 +217,74 @@ def test_lsh_attention_is_its_parts_one_by_one(seed, dtype, rounds, causal, N, p
     assert grads.keys() == params.keys()
 
 
+# --- cross attention ---------------------------------------------------------------------------------------------------------------------
+
+crossed = st.sampled_from([(3, 1, 2), (4, 2, 4), (6, 3, 5)])      # E, heads, Em
+
+
+@given(seeds, st.sampled_from([np.dtype("f8"), np.dtype("f4")]), kinds, crossed, st.integers(0, 4), st.integers(0, 4), st.booleans())
+def test_cross_attention_is_its_equation_and_its_backward_the_transpose(seed, dtype, attention, width, N, Nm, padded):
+    (E, heads, Em), rng = width, np.random.default_rng(seed)
+    params = attention_params(rng, E, dtype, Em)
+    x, memory, dout = draw(rng, (2, N, E), dtype), draw(rng, (2, Nm, Em), dtype), draw(rng, (2, N, E), dtype)
+    given_lengths = {"lengths": rng.integers(0, N + 1, 2), "memory_lengths": rng.integers(0, Nm + 1, 2)} if padded else {}
+    options = {"heads": heads, "attention": attention}
+    with Untouched(x, memory, dout, *params.values()):
+        out, residuals = attention_layer.cross_attention_forward(params, "a", x, memory, **given_lengths, **options)
+        dx, dmemory, grads = attention_layer.cross_attention_backward(dout, residuals)
+        state = attention_layer.cross_attention_init(params, "a", memory, memory_lengths=given_lengths.get("memory_lengths"), **options)
+        reads = [attention_layer.cross_attention_read(params, "a", x[:, rows], state, **options)
+                 for rows in (slice(None), *(slice(i, i + 1) for i in range(N)))]
+    options |= given_lengths or {"lengths": [N, N], "memory_lengths": [Nm, Nm]}
+    args = (x, memory, *params.values())
+    oracle = lambda *args: attention_oracle(*args, **options)
+    real = (np.arange(N) < np.asarray(options["lengths"])[:, None])[..., None]
+    expected = [oracle(*(a.astype(REAL) for a in args)), *gradients(oracle, args, np.where(real, dout, 0))]
+    budgets = attention_budget(x, memory, tuple(params.values()), dout, **options)
+    assert sorted(grads) == sorted(PARTS) and dmemory.shape == memory.shape
+    check = lambda actual, value, bound, what: within(actual, value, Ball(bound, bound, unit_roundoff(dtype)), what)
+    for actual, value, bound, what in zip((out, dx, dmemory, *(grads[key] for key in PARTS)), expected, budgets,
+                                          ("out", "dx", "dmemory", *PARTS), strict=True):
+        assert actual.dtype == dtype
+        check(actual, value, bound, what)
+    # its recurrent twin, all positions at once and one by one; rows that are padding to the one are positions to the other
+    check(np.where(real, reads[0], 0), expected[0], budgets[0], "read")
+    if N:
+        check(np.where(real, np.concatenate(reads[1:], 1), 0), expected[0], budgets[0], "read one by one")
+
+
+@given(seeds, kinds, st.sampled_from([np.nan, np.inf, 1e30]))
+def test_padding_of_a_memory_changes_nothing(seed, attention, garbage):
+    """Not what stands in it, and not how much of it there is."""
+    rng, B, N, Nm, E, Em = np.random.default_rng(seed), 3, 4, 5, 4, 3
+    params, options = attention_params(rng, E, "f8", Em), {"heads": 2, "attention": attention}
+    lengths, memory_lengths = rng.integers(0, N + 1, B), rng.integers(0, Nm + 1, B)
+    x, memory, dout = (draw(rng, shape, "f8", "plain") for shape in ((B, N, E), (B, Nm, Em), (B, N, E)))
+    padding, memory_padding = np.arange(N) >= lengths[:, None], np.arange(Nm) >= memory_lengths[:, None]
+    dirty_x, dirty_memory, dirty_dout = x.copy(), memory.copy(), dout.copy()
+    dirty_x[padding] = dirty_dout[padding] = garbage
+    dirty_memory[memory_padding] = garbage
+    results = []
+    for a, m, d in ((x, memory, dout), (dirty_x, dirty_memory, dirty_dout)):
+        out, residuals = attention_layer.cross_attention_forward(params, "a", a, m, lengths=lengths, memory_lengths=memory_lengths, **options)
+        dx, dmemory, grads = attention_layer.cross_attention_backward(d, residuals)
+        state = attention_layer.cross_attention_init(params, "a", m, memory_lengths=memory_lengths, **options)
+        results.append([out, dx, dmemory, *grads.values(), attention_layer.cross_attention_read(params, "a", x, state, **options)])
+    for clean, dirty in zip(*results, strict=True):
+        np.testing.assert_array_equal(dirty, clean)
+    out, dx, dmemory, *_, read = results[0]
+    assert not out[padding].any() and not dx[padding].any() and not dmemory[memory_padding].any()
+    bound = attention_budget(x, memory, tuple(params.values()), dout, lengths=[N] * B, memory_lengths=memory_lengths, **options)[0]
+    for b, m in enumerate(memory_lengths):
+        alone, _ = attention_layer.cross_attention_forward(params, "a", x[b], memory[b, :m], **options)
+        within(read[b], alone.astype(REAL), Ball(bound[b], 2 * bound[b], 2.0**-53), "alone")
+
+
 # --- words -------------------------------------------------------------------------------------------------------------------------------
 
 ones = np.ones
 PARAMS = {key: ones((4, 4) if key.endswith("weight") else 4) for key in PARTS}
+MEMORY = attention_layer.cross_attention_init(PARAMS, "a", ones((5, 4)), heads=2)
 
 
 @pytest.mark.parametrize(("call", "error", "words"), [
@@ -222,6 +299,26 @@ PARAMS = {key: ones((4, 4) if key.endswith("weight") else 4) for key in PARTS}
                    lambda **o: attention_layer.attention_step(PARAMS, "a", ones(4), **o))),
     (lambda: attention_layer.attention_forward(PARAMS, "a", ones((2, 3, 4)), heads=2, lengths=np.array([1, 4])),
      ValueError, "lengths: expected 0 ≤ length ≤ N = 3"),
+    *((lambda call=call: call(heads=2, attention="lsh-1"), ValueError,
+       "attention: expected 'linear' or 'softmax', got 'lsh-1', whose queries are its keys: it has no cross attention")
+      for call in (lambda **o: attention_layer.cross_attention_forward(PARAMS, "a", ones((3, 4)), ones((5, 4)), **o),
+                   lambda **o: attention_layer.cross_attention_init(PARAMS, "a", ones((5, 4)), **o),
+                   lambda **o: attention_layer.cross_attention_read(PARAMS, "a", ones((3, 4)), MEMORY, **o))),
+    *((lambda call=call: call(heads=3), ValueError, "heads: expected a divisor of E = 4, got 3")
+      for call in (lambda **o: attention_layer.cross_attention_forward(PARAMS, "a", ones((3, 4)), ones((5, 4)), **o),
+                   lambda **o: attention_layer.cross_attention_init(PARAMS, "a", ones((5, 4)), **o),
+                   lambda **o: attention_layer.cross_attention_read(PARAMS, "a", ones((3, 4)), MEMORY, **o))),
+    *((lambda memory=memory: attention_layer.cross_attention_forward(PARAMS, "a", ones((2, 3, 4)), memory, heads=2), ValueError,
+       rf"memory: expected \(\.\.\., Nm, Em\) = \({words}, 4\), got ") for memory, words in (
+           (ones((3, 5, 4)), "2, 5"), (ones((5, 4)), "2, 5"), (ones((2, 5, 3)), "2, 5"))),
+    (lambda: attention_layer.cross_attention_init(PARAMS, "a", ones(4), heads=2), ValueError,
+     r"memory: expected \(\.\.\., Nm, Em\), got \(4,\)"),
+    (lambda: attention_layer.cross_attention_forward(PARAMS, "a", ones((3, 4)), ones((5, 4), "f4"), heads=2), TypeError,
+     "x is float64 and memory is float32"),
+    (lambda: attention_layer.cross_attention_forward(PARAMS, "a", ones((3, 4)), ones((5, 4)), heads=2, memory_lengths=np.array(6)),
+     ValueError, "memory_lengths: expected 0 ≤ length ≤ N = 5"),
+    (lambda: attention_layer.cross_attention_read(PARAMS, "a", ones((2, 3, 4)), MEMORY, heads=2),
+     ValueError, r"state: expected \(\.\.\., H, \*, D\) = \(2, 2, 2, 2\), got \(2, 2, 2\): one memory for each sequence"),
 ], ids=lambda x: x if isinstance(x, str) else "")
 def test_what_is_wrong_is_said(call, error, words):
     with pytest.raises(error, match=words):
