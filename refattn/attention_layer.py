@@ -500,4 +500,4 @@ def _check_memory(params: Params, name: str, memory: Array, heads: int, attentio
     lead = memory.shape[:-2] if x is None else x.shape[:-2]
     check_shape("memory", memory, "(..., Nm, Em)", (*lead, memory.shape[-2], weight.shape[0]),
                 "one memory for each sequence, as wide as the key's weight has rows")
-    check_dtypes(x=x, memory=memory)
+    check_dtypes(x=x, memory=memory, **{f"{name}.key.weight": weight})
