@@ -29,6 +29,7 @@ from .lsh import lsh_backward, lsh_buckets, lsh_forward, lsh_rotations
 from .softmax import softmax_attention, softmax_attention_vjp, softmax_prefill, softmax_step
 
 LSH_BUCKETS, LSH_CHUNK = 64, 32          # the paper's, whatever the length
+_OF_X, _OF_MEMORY = ("query",), ("key", "value")         # what cross attention projects from where
 
 
 def attention_rounds(attention: Any) -> int:
@@ -312,8 +313,8 @@ def cross_attention_forward(params: Params, name: str, x: Array, memory: Array, 
     _check_attention(x, heads, attention, "(..., N, E)", 2)
     _check_memory(params, name, memory, heads, attention, x)
     real, real_memory = real_positions(xp, "lengths", lengths, x.shape[:-1]), real_positions(xp, "memory_lengths", memory_lengths, memory.shape[:-1])
-    (q,), r_query = _project_forward(params, name, _READING, keep_real(xp, real, x), heads)
-    (k, v), r_memory = _project_forward(params, name, _READ, keep_real(xp, real_memory, memory), heads)
+    (q,), r_query = _project_forward(params, name, _OF_X, keep_real(xp, real, x), heads)
+    (k, v), r_memory = _project_forward(params, name, _OF_MEMORY, keep_real(xp, real_memory, memory), heads)
     mixed, pullback = _attend_vjp(attention, feature_map, q, k, v, query_lengths=lengths, key_lengths=memory_lengths)
     out, r_out = affine_forward(_merge(mixed), *affine_params(params, f"{name}.out"))
     return keep_real(xp, real, out), (name, heads, real, r_query, r_memory, pullback, r_out)
@@ -338,8 +339,8 @@ def cross_attention_backward(dout: Array, residuals: Residuals) -> tuple[Array, 
     name, heads, real, r_query, r_memory, pullback, r_out = residuals
     grads: Grads = {}
     dq, dk, dv = pullback(_out_backward(grads, name, keep_real(namespace(dout=dout), real, dout), heads, r_out))
-    dx = _project_backward(grads, name, _READING, heads, (dq,), r_query)
-    dmemory = _project_backward(grads, name, _READ, heads, (dk, dv), r_memory)
+    dx = _project_backward(grads, name, _OF_X, heads, (dq,), r_query)
+    dmemory = _project_backward(grads, name, _OF_MEMORY, heads, (dk, dv), r_memory)
     return dx, dmemory, grads
 
 
@@ -376,7 +377,7 @@ def cross_attention_init(params: Params, name: str, memory: Array, *, heads: int
     xp = namespace(memory=memory)
     _check_memory(params, name, memory, heads, attention)
     real = real_positions(xp, "memory_lengths", memory_lengths, memory.shape[:-1])
-    (k, v), _ = _project_forward(params, name, _READ, keep_real(xp, real, memory), heads)
+    (k, v), _ = _project_forward(params, name, _OF_MEMORY, keep_real(xp, real, memory), heads)
     if attention == "linear":
         return linear_attention_state(k, v, feature_map=feature_map, key_lengths=memory_lengths)
     return SoftmaxMemory(k, v, memory_lengths)
@@ -413,7 +414,7 @@ def cross_attention_read(params: Params, name: str, x: Array, state: Any, *, hea
     """
     _check_attention(x, heads, attention, "(..., N, E)", 2)
     cross_inputs(attention)
-    (q,), _ = _project_forward(params, name, _READING, x, heads)
+    (q,), _ = _project_forward(params, name, _OF_X, x, heads)
     check_shape("state", state[0], "(..., H, *, D)", (*q.shape[:-2], state[0].shape[-2], q.shape[-1]), "one memory for each sequence")
     if attention == "linear":
         mixed = linear_attention_read(q, state, feature_map=feature_map)
@@ -422,14 +423,11 @@ def cross_attention_read(params: Params, name: str, x: Array, state: Any, *, hea
     return affine_forward(_merge(mixed), *affine_params(params, f"{name}.out"))[0]
 
 
-_READING, _READ = ("query",), ("key", "value")
-
-
 def cross_inputs(attention: str) -> tuple[str, ...]:
     """The projections that cross attention reads, by name; ValueError for LSH attention."""
     if attention_rounds(attention):
         raise ValueError(f"attention: expected 'linear' or 'softmax', got {attention!r}, whose queries are its keys: it has no cross attention")
-    return (*_READING, *_READ)
+    return (*_OF_X, *_OF_MEMORY)
 
 
 # --- what they share ---------------------------------------------------------------------------------------------------------------------

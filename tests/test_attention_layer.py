@@ -184,6 +184,15 @@ def test_half_precision_attention_is_that_of_single_up_to_its_rounding(rng):
             wide, _ = attention_layer.attention_forward({key: p.astype("f4") for key, p in params.items()}, "a", x.astype("f4"), heads=2,
                                                attention=attention, causal=True)
             assert np.abs(out.astype("f4") - wide).max() <= 64 * unit_roundoff(dtype)
+            out, residuals = attention_layer.cross_attention_forward(params, "a", x, x[:, ::2], heads=2, attention=attention)
+            *dx, grads = attention_layer.cross_attention_backward(out, residuals)
+            state = attention_layer.cross_attention_init(params, "a", x[:, ::2], heads=2, attention=attention)
+            read = attention_layer.cross_attention_read(params, "a", x, state, heads=2, attention=attention)
+            assert {a.dtype for a in (out, read, *dx, *grads.values())} == {dtype}
+            wide, _ = attention_layer.cross_attention_forward({key: p.astype("f4") for key, p in params.items()}, "a", x.astype("f4"),
+                                                              x[:, ::2].astype("f4"), heads=2, attention=attention)
+            for narrow in (out, read):
+                assert np.abs(narrow.astype("f4") - wide).max() <= 64 * unit_roundoff(dtype)
 
 
 @given(seeds, dtypes, st.integers(1, 3), st.booleans(), st.sampled_from([0, 1, 5, 40]), st.booleans())
