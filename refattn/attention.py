@@ -95,7 +95,7 @@ def linear_attention(q: Array, k: Array, v: Array, *, feature_map: Any = "elu1",
 def linear_attention_vjp(q: Array, k: Array, v: Array, *, feature_map: Any = "elu1", causal: bool = False, eps: float = 1e-6,
                          query_lengths: Any = None, key_lengths: Any = None) -> tuple[Array, Pullback]:
     """`linear_attention` and its pullback: dout -> (dq, dk, dv); see `refattn.vjp`."""
-    out, backward = _linear(q, k, v, feature_map, causal, eps, query_lengths, key_lengths)
+    out, _, backward = _linear(q, k, v, feature_map, causal, eps, query_lengths, key_lengths)
 
     def pullback(dout: Array | None) -> tuple[Array, Array, Array]:
         check_cotangent("dout", dout, out)
@@ -230,6 +230,65 @@ def causal_linear_attention_step_vjp(q_t: Array, k_t: Array, v_t: Array, state: 
         return cast(dq, q_t.dtype), cast(dk, k_t.dtype), cast(dv, v_t.dtype), start
 
     return (cast(out, v_t.dtype), end), pullback
+
+
+def linear_attention_state(k: Array, v: Array, *, feature_map: Any = "elu1", key_lengths: Any = None) -> State:
+    """What `linear_attention` keeps of all keys and values: S = Σ_j φ(k_j) v_jᵀ and z = Σ_j φ(k_j), the sums in eq. 5 and 6.
+
+    Parameters
+    ----------
+    k : (..., H, L, D)
+    v : (..., H, L, M)
+    feature_map, key_lengths
+        As in `linear_attention`, and so are the errors.
+
+    Returns
+    -------
+    state : State
+        S (..., H, F, M) and z (..., H, F), however many keys there were; for `linear_attention_read`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> linear_attention_state(np.zeros((2, 1)), np.array([[1.0], [3.0]]))
+    State(S=array([[4.]]), z=array([2.]))
+    """
+    xp = namespace(k=k, v=v)
+    return _split(_linear(k[..., :0, :] if k.ndim > 1 else k, k, v, feature_map, False, 0, None, key_lengths)[1], xp)
+
+
+def linear_attention_read(q: Array, state: State, *, feature_map: Any = "elu1", eps: float = 1e-6) -> Array:
+    """The second half of `linear_attention`: V'_i = φ(q_i)ᵀ S / (φ(q_i)ᵀ z + ε), eq. 5 with its sums given.
+
+    Parameters
+    ----------
+    q : (..., G·H, N, D)
+    state : State
+        From `linear_attention_state`. It is left as it was.
+    feature_map, eps
+        As in `linear_attention`; the map that the state was made with.
+
+    Returns
+    -------
+    out : (..., G·H, N, M)
+
+    Raises
+    ------
+    ValueError, TypeError
+        As in `causal_linear_attention`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> state = linear_attention_state(np.zeros((2, 1)), np.array([[1.0], [3.0]]))
+    >>> linear_attention_read(np.zeros((1, 1)), state, eps=0)
+    array([[2.]])
+    """
+    xp = namespace(q=q)
+    if not isinstance(state, State):
+        raise TypeError(f"state: expected State(S, z) from linear_attention_state, got {_described(state)}")
+    k, v = (xp.zeros((*state.S.shape[:-2], 0, width), dtype=q.dtype) for width in (q.shape[-1], state.S.shape[-1]))
+    return _linear(q, k, v, feature_map, False, eps, None, None, state)[0]
 
 
 # --- NumPy: φ, the column of ones and the quotient inside the loop over chunks --------------------------------------------------------
@@ -442,25 +501,20 @@ def _keep(x: Array, real: Array | None, xp: Any) -> Array:
 
 # --- what the public functions share --------------------------------------------------------------------------------------------------
 
-def _linear(q: Array, k: Array, v: Array, feature_map: Any, causal: bool, eps: float, query_lengths: Any,
-            key_lengths: Any) -> tuple[Array, Callable[[Array | None, None], Any]]:
+def _linear(q: Array, k: Array, v: Array, feature_map: Any, causal: bool, eps: float, query_lengths: Any, key_lengths: Any,
+            state: State | None = None) -> tuple[Array, Array, Callable[[Array | None, None], Any]]:
     xp, axes, phi, F, eps = _check(q, k, v, feature_map, eps, causal)
     nq = check_lengths("query_lengths", query_lengths, axes.q_lead, axes.N, "N")
     nk = check_lengths("key_lengths", key_lengths, axes.kv_lead, axes.L, "L")
-    start = xp.zeros((*axes.kv_lead, F, axes.M + 1), dtype=accumulator(v.dtype))
-    out, _, backward = _attend(causal, q, k, v, start, phi, eps, nq, nk, xp)
-    return out, backward
+    start = _start(None if state is None else _check_state(state, q, axes, F), q, axes, F, xp)
+    return _attend(causal, q, k, v, start, phi, eps, nq, nk, xp)
 
 
 def _causal(q: Array, k: Array, v: Array, state: State | None, feature_map: Any,
             eps: float) -> tuple[Array, State, Callable[[Array | None, State | None], Any]]:
     xp, axes, phi, F, eps = _check(q, k, v, feature_map, eps, True)
-    acc = accumulator(v.dtype)
-    if state is None:
-        start = xp.zeros((*axes.kv_lead, F, axes.M + 1), dtype=acc)
-    else:
-        state = _check_state(state, q, axes, F)
-        start = xp.concat([cast(state.S, acc), cast(state.z, acc)[..., None]], axis=-1)
+    state = None if state is None else _check_state(state, q, axes, F)
+    start = _start(state, q, axes, F, xp)
     out, end, inner = _attend(True, q, k, v, start, phi, eps, None, None, xp)
 
     def backward(dout: Array | None, dstate: State | None) -> tuple[Array, Array, Array, State | None]:
@@ -469,6 +523,14 @@ def _causal(q: Array, k: Array, v: Array, state: State | None, feature_map: Any,
         return dq, dk, dv, None if state is None else _state_like(dstart, state, xp)
 
     return out, _split(end, xp), backward
+
+
+def _start(state: State | None, q: Array, axes: Axes, F: int, xp: Any) -> Array:
+    """[S | z] to start from, in the accumulator dtype; zeros where there is no state."""
+    acc = accumulator(q.dtype)
+    if state is None:
+        return xp.zeros((*axes.kv_lead, F, axes.M + 1), dtype=acc)
+    return xp.concat([cast(state.S, acc), cast(state.z, acc)[..., None]], axis=-1)
 
 
 def _attend(causal: bool, q: Array, k: Array, v: Array, start: Array, phi: FeatureMap, eps: float, nq: Any, nk: Any,

@@ -11,7 +11,8 @@ from typing import Protocol
 import numpy as np
 
 from ._array import check_number
-from .layers import Params, attention_rounds
+from .attention_layer import attention_rounds
+from .layers import Params
 from .transformer import Config, transformer_forward, transformer_prefill, transformer_step
 
 

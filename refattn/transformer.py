@@ -19,14 +19,18 @@ the same keys. The model is its list of layers, and the backward is that list re
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import layers
+from . import attention_layer, layers
 from ._array import Array, check_dtypes, check_positive, check_shape, namespace
 from .layers import Grads, Params, Residuals, affine_params, check_choice, keep_real, real_positions
+
+# The parts of a block that attend, in order: what each does with (index of the block, its name in params, its input)
+Attends = Mapping[str, Callable[[int, str, Array], tuple[Array, Any]]]
 
 
 class Config(NamedTuple):
@@ -91,18 +95,18 @@ def transformer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         if getattr(config, name) != 0:
             check_positive(name, getattr(config, name))
     E, F, V = config.width, config.feed_forward, config.vocabulary
-    shapes: dict[str, tuple[int, ...]] = _affine_shapes("input", config.features, E) if config.features else {"token.weight": (V, E)}
+    shapes: dict[str, tuple[int, ...]] = affine_shapes("input", config.features, E) if config.features else {"token.weight": (V, E)}
     if config.positions == "learned":
         shapes["positions.weight"] = (config.length, E)
     for i in range(config.layers):
-        shapes |= _affine_shapes(f"blocks.{i}.attention.norm", E)
-        for part in (*layers.attention_inputs(config.attention), "out"):
-            shapes |= _affine_shapes(f"blocks.{i}.attention.{part}", E, E)
-        shapes |= _affine_shapes(f"blocks.{i}.feed_forward.norm", E)
-        shapes |= _affine_shapes(f"blocks.{i}.feed_forward.in", E, F) | _affine_shapes(f"blocks.{i}.feed_forward.out", F, E)
+        shapes |= affine_shapes(f"blocks.{i}.attention.norm", E)
+        for part in (*attention_layer.attention_inputs(config.attention), "out"):
+            shapes |= affine_shapes(f"blocks.{i}.attention.{part}", E, E)
+        shapes |= affine_shapes(f"blocks.{i}.feed_forward.norm", E)
+        shapes |= affine_shapes(f"blocks.{i}.feed_forward.in", E, F) | affine_shapes(f"blocks.{i}.feed_forward.out", F, E)
     if config.norm == "pre":
-        shapes |= _affine_shapes("norm", E)
-    return shapes | _affine_shapes("head", E, config.outputs or V)
+        shapes |= affine_shapes("norm", E)
+    return shapes | affine_shapes("head", E, config.outputs or V)
 
 
 def transformer_init(rng: np.random.Generator, config: Config, dtype: Any = np.float32) -> Grads:
@@ -130,16 +134,7 @@ def transformer_init(rng: np.random.Generator, config: Config, dtype: Any = np.f
     >>> sum(p.size for p in transformer_init(np.random.default_rng(0), config).values())
     1186
     """
-    params: Grads = {}
-    for key, shape in transformer_shapes(config).items():
-        if len(shape) == 1:
-            params[key] = np.full(shape, float("norm." in key and key.endswith(".weight")), dtype)
-            continue
-        fan = config.width if key in ("token.weight", "positions.weight") else shape[0]
-        if key.startswith("blocks.") and key.endswith(".out.weight"):
-            fan *= 2 * config.layers
-        params[key] = (rng.standard_normal(shape) / math.sqrt(fan)).astype(dtype)
-    return params
+    return params_init(rng, transformer_shapes(config), config, dtype)
 
 
 # --- whole sequences ---------------------------------------------------------------------------------------------------------------------
@@ -190,26 +185,9 @@ def transformer_forward(params: Params, inputs: Array, config: Config, *, length
     >>> logits.shape
     (1, 3, 10)
     """
-    _check_params(params, config)
-    xp = namespace(inputs=inputs)
-    shape = _check_inputs(params, inputs, config, ("N",))
-    real = real_positions(xp, "lengths", lengths, shape)
-    x, r_read = _read_forward(params, keep_real(xp, real, inputs), config)
-    x, r_positions = _positions_forward(params, x, config, 0)
-    r_blocks = []
-    for i in range(config.layers):
-        name = f"blocks.{i}.attention"
-        x, r_attention = _around_forward(params, name, x, config, lambda y, name=name: layers.attention_forward(  # type: ignore[misc]
-            params, name, y, causal=config.causal, lengths=lengths, rng=rng, **_heads(config)))
-        name = f"blocks.{i}.feed_forward"
-        x, r_feed_forward = _around_forward(params, name, x, config, lambda y, name=name: layers.feed_forward_forward(  # type: ignore[misc]
-            params, name, y, activation=config.activation))
-        r_blocks.append((r_attention, r_feed_forward))
-    r_norm = None
-    if config.norm == "pre":
-        x, r_norm = layers.layer_norm_forward(x, *affine_params(params, "norm"))
-    logits, r_head = layers.affine_forward(x, *affine_params(params, "head"))
-    return keep_real(xp, real, logits), (config, real, r_read, r_positions, r_blocks, r_norm, r_head)
+    check_params(params, transformer_shapes(config))
+    return stack_forward(params, inputs, config, lengths, {"attention": lambda i, name, y: attention_layer.attention_forward(
+        params, name, y, causal=config.causal, lengths=lengths, rng=rng, **attention_options(config))})
 
 
 def transformer_backward(dlogits: Array, residuals: Residuals) -> Grads:
@@ -238,24 +216,8 @@ def transformer_backward(dlogits: Array, residuals: Residuals) -> Grads:
     >>> list(grads) == list(params), grads["head.bias"].tolist()[:2]
     (True, [3.0, 3.0])
     """
-    config, real, r_read, r_positions, r_blocks, r_norm, (x_head, w_head) = residuals
-    layers.check_dout(dlogits, (*x_head.shape[:-1], w_head.shape[1]), x_head)
-    xp = namespace(dlogits=dlogits)
-    grads: Grads = {}
-    dx, grads["head.weight"], grads["head.bias"] = layers.affine_backward(keep_real(xp, real, dlogits), (x_head, w_head))
-    if r_norm is not None:
-        dx, grads["norm.weight"], grads["norm.bias"] = layers.layer_norm_backward(dx, r_norm)
-    for i in reversed(range(config.layers)):
-        r_attention, r_feed_forward = r_blocks[i]
-        dx = _around_backward(grads, f"blocks.{i}.feed_forward", dx, config, r_feed_forward, layers.feed_forward_backward)
-        dx = _around_backward(grads, f"blocks.{i}.attention", dx, config, r_attention, layers.attention_backward)
-    if r_positions is not None:
-        dx, grads["positions.weight"] = layers.positions_backward(dx, r_positions)
-    if config.features:
-        _, grads["input.weight"], grads["input.bias"] = layers.affine_backward(dx, r_read)
-    else:
-        grads["token.weight"] = layers.embedding_backward(dx, r_read)
-    return {key: grads[key] for key in transformer_shapes(config)}
+    grads = stack_backward(dlogits, residuals, {"attention": attention_layer.attention_backward})
+    return {key: grads[key] for key in transformer_shapes(residuals[0])}
 
 
 # --- the recurrent twin ------------------------------------------------------------------------------------------------------------------
@@ -289,12 +251,14 @@ def transformer_prefill(params: Params, inputs: Array, config: Config) -> tuple[
     >>> state.position
     3
     """
-    _check_params(params, config)
-    _check_recurrent(config)
-    shape = _check_inputs(params, inputs, config, ("N",))
-    x, _ = _read_forward(params, inputs, config)
-    x, _ = _positions_forward(params, x, config, 0)
-    return _decode(params, x, config, shape[-1], lambda name, y, i: layers.attention_prefill(params, name, y, **_heads(config)))
+    check_params(params, transformer_shapes(config))
+    check_recurrent(config)
+    shape = check_inputs(params, inputs, config, ("N",))
+    x, _ = read_forward(params, inputs, config)
+    x, _ = positions_forward(params, x, config, 0)
+    logits, states = stack_decode(params, x, config, {"attention": lambda i, name, y: attention_layer.attention_prefill(
+        params, name, y, **attention_options(config))})
+    return logits, TransformerState(shape[-1], states)
 
 
 def transformer_step_init(config: Config, batch: int, dtype: Any = np.float32) -> TransformerState:
@@ -321,8 +285,8 @@ def transformer_step_init(config: Config, batch: int, dtype: Any = np.float32) -
     (0, 3, (5, 2, 4, 4))
     """
     transformer_shapes(config)
-    _check_recurrent(config)
-    return TransformerState(0, tuple(layers.attention_init((batch,), config.width, dtype, **_heads(config)) for _ in range(config.layers)))
+    check_recurrent(config)
+    return TransformerState(0, first_states((batch,), config, dtype))
 
 
 def transformer_step(params: Params, input_t: Array, state: TransformerState, config: Config) -> tuple[Array, TransformerState]:
@@ -354,33 +318,78 @@ def transformer_step(params: Params, input_t: Array, state: TransformerState, co
     >>> logits_t.shape, state.position
     ((1, 10), 1)
     """
-    _check_recurrent(config)
-    if len(state.layers) != config.layers:
-        raise ValueError(f"state: expected the states of layers = {config.layers} layers, got {len(state.layers)}; make it with this "
-                         "config")
-    _check_inputs(params, input_t, config, ())
-    x, _ = _read_forward(params, input_t, config)
-    x, _ = _positions_forward(params, x[..., None, :], config, state.position)
-    return _decode(params, x[..., 0, :], config, state.position + 1,
-                   lambda name, y, i: layers.attention_step(params, name, y, state.layers[i], **_heads(config)))
-
-
-def _decode(params: Params, x: Array, config: Config, position: int,
-            attend: Callable[..., tuple[Array, Any]]) -> tuple[Array, TransformerState]:
-    states = []
-    for i in range(config.layers):
-        name = f"blocks.{i}.attention"
-        x, (_, state) = _around_forward(params, name, x, config, lambda y, name=name, i=i: attend(name, y, i))  # type: ignore[misc]
-        states.append(state)
-        name = f"blocks.{i}.feed_forward"
-        x, _ = _around_forward(params, name, x, config, lambda y, name=name: layers.feed_forward_forward(  # type: ignore[misc]
-            params, name, y, activation=config.activation))
-    if config.norm == "pre":
-        x, _ = layers.layer_norm_forward(x, *affine_params(params, "norm"))
-    return layers.affine_forward(x, *affine_params(params, "head"))[0], TransformerState(position, tuple(states))
+    check_recurrent(config)
+    check_state(state, config)
+    check_inputs(params, input_t, config, ())
+    x, _ = read_forward(params, input_t, config)
+    x, _ = positions_forward(params, x[..., None, :], config, state.position)
+    logits_t, states = stack_decode(params, x[..., 0, :], config, {"attention": lambda i, name, y: attention_layer.attention_step(
+        params, name, y, state.layers[i], **attention_options(config))})
+    return logits_t, TransformerState(state.position + 1, states)
 
 
 # --- what they share ---------------------------------------------------------------------------------------------------------------------
+
+def stack_forward(params: Params, inputs: Array, config: Config, lengths: Any, attends: Attends) -> tuple[Array, Residuals]:
+    """The model for whole sequences, in every block the parts that attend and then the feed-forward: (logits, residuals)."""
+    xp = namespace(inputs=inputs)
+    real = real_positions(xp, "lengths", lengths, check_inputs(params, inputs, config, ("N",)))
+    x, r_read = read_forward(params, keep_real(xp, real, inputs), config)
+    x, r_positions = positions_forward(params, x, config, 0)
+    r_blocks = []
+    for name, inner in _parts(params, config, attends):
+        x, r_part = _around_forward(params, name, x, config, inner)
+        r_blocks.append(r_part)
+    r_norm = None
+    if config.norm == "pre":
+        x, r_norm = layers.layer_norm_forward(x, *affine_params(params, "norm"))
+    logits, r_head = layers.affine_forward(x, *affine_params(params, "head"))
+    return keep_real(xp, real, logits), (config, real, r_read, r_positions, r_blocks, r_norm, r_head)
+
+
+def stack_backward(dlogits: Array, residuals: Residuals, attends: Mapping[str, Callable[[Array, Any], tuple[Array, Grads]]]) -> Grads:
+    """Transpose of `stack_forward`; `attends` are the transposes of its parts, in the order of the forward."""
+    config, real, r_read, r_positions, r_blocks, r_norm, (x_head, w_head) = residuals
+    layers.check_dout(dlogits, (*x_head.shape[:-1], w_head.shape[1]), x_head)
+    xp = namespace(dlogits=dlogits)
+    grads: Grads = {}
+    dx, grads["head.weight"], grads["head.bias"] = layers.affine_backward(keep_real(xp, real, dlogits), (x_head, w_head))
+    if r_norm is not None:
+        dx, grads["norm.weight"], grads["norm.bias"] = layers.layer_norm_backward(dx, r_norm)
+    parts = {**attends, "feed_forward": layers.feed_forward_backward}
+    names = [(f"blocks.{i}.{part}", backward) for i in range(config.layers) for part, backward in parts.items()]
+    for (name, backward), r_part in zip(reversed(names), reversed(r_blocks), strict=True):
+        dx = _around_backward(grads, name, dx, config, r_part, backward)
+    if r_positions is not None:
+        dx, grads["positions.weight"] = layers.positions_backward(dx, r_positions)
+    if config.features:
+        _, grads["input.weight"], grads["input.bias"] = layers.affine_backward(dx, r_read)
+    else:
+        grads["token.weight"] = layers.embedding_backward(dx, r_read)
+    return grads
+
+
+def stack_decode(params: Params, x: Array, config: Config, attends: Attends) -> tuple[Array, tuple[Any, ...]]:
+    """`stack_forward` of what was read, x (..., E) or (..., N, E), where parts give states and not residuals, of which none are kept: the
+    logits, and what the self-attention of each block leaves behind."""
+    states = []
+    for name, inner in _parts(params, config, attends):
+        x, (_, state) = _around_forward(params, name, x, config, inner)
+        if name.endswith(".attention"):
+            states.append(state)
+    if config.norm == "pre":
+        x, _ = layers.layer_norm_forward(x, *affine_params(params, "norm"))
+    return layers.affine_forward(x, *affine_params(params, "head"))[0], tuple(states)
+
+
+def _parts(params: Params, config: Config, attends: Attends) -> Iterator[tuple[str, Callable[[Array], tuple[Array, Any]]]]:
+    """Every part of every block in order: its name, and what it does."""
+    for i in range(config.layers):
+        for part, attend in attends.items():
+            yield f"blocks.{i}.{part}", partial(attend, i, f"blocks.{i}.{part}")
+        name = f"blocks.{i}.feed_forward"
+        yield name, partial(layers.feed_forward_forward, params, name, activation=config.activation)
+
 
 def _around_forward(params: Params, name: str, x: Array, config: Config,
                     inner: Callable[[Array], tuple[Array, Any]]) -> tuple[Array, tuple[Any, Any]]:
@@ -413,13 +422,13 @@ def _around_backward(grads: Grads, name: str, dout: Array, config: Config, resid
     return dx
 
 
-def _read_forward(params: Params, inputs: Array, config: Config) -> tuple[Array, Residuals]:
+def read_forward(params: Params, inputs: Array, config: Config) -> tuple[Array, Residuals]:
     if config.features:
         return layers.affine_forward(inputs, *affine_params(params, "input"))
     return layers.embedding_forward(inputs, params["token.weight"])
 
 
-def _positions_forward(params: Params, x: Array, config: Config, start: int) -> tuple[Array, Residuals | None]:
+def positions_forward(params: Params, x: Array, config: Config, start: int) -> tuple[Array, Residuals | None]:
     if config.positions == "learned":
         return layers.positions_forward(x, params["positions.weight"], start=start)
     positions = layers.sinusoidal_positions(x.shape[-2], config.width, np.float64, start=start)
@@ -428,16 +437,34 @@ def _positions_forward(params: Params, x: Array, config: Config, start: int) -> 
     return x, None
 
 
-def _heads(config: Config) -> dict[str, Any]:
+def attention_options(config: Config) -> dict[str, Any]:
     return {"heads": config.heads, "attention": config.attention, "feature_map": config.feature_map}
 
 
-def _affine_shapes(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
+def affine_shapes(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": shape, f"{name}.bias": shape[-1:]}
 
 
-def _check_params(params: Params, config: Config) -> None:
-    shapes = transformer_shapes(config)
+def params_init(rng: np.random.Generator, shapes: Mapping[str, tuple[int, ...]], config: Config, dtype: Any) -> Grads:
+    """Parameters of these shapes as `transformer_init` says; all that write into the residual stream share it alike."""
+    writers = {key for key in shapes if key.startswith("blocks.") and key.endswith(".out.weight")}
+    params: Grads = {}
+    for key, shape in shapes.items():
+        if len(shape) == 1:
+            params[key] = np.full(shape, float("norm." in key and key.endswith(".weight")), dtype)
+            continue
+        fan = config.width if key in ("token.weight", "positions.weight") else shape[0]
+        fan *= len(writers) if key in writers else 1
+        params[key] = (rng.standard_normal(shape) / math.sqrt(fan)).astype(dtype)
+    return params
+
+
+def first_states(lead: tuple[int, ...], config: Config, dtype: Any) -> tuple[Any, ...]:
+    """The self-attention states of all layers before the first position."""
+    return tuple(attention_layer.attention_init(lead, config.width, dtype, **attention_options(config)) for _ in range(config.layers))
+
+
+def check_params(params: Params, shapes: Mapping[str, tuple[int, ...]]) -> None:
     if params.keys() != shapes.keys():
         missing, foreign = sorted(shapes.keys() - params.keys()), sorted(params.keys() - shapes.keys())
         raise ValueError(f"params: expected the keys of this configuration, got {len(missing)} missing (first {missing[:1]}) and "
@@ -448,7 +475,7 @@ def _check_params(params: Params, config: Config) -> None:
                     "initialise or load with this very configuration")
 
 
-def _check_inputs(params: Params, inputs: Array, config: Config, axes: tuple[str, ...]) -> tuple[int, ...]:
+def check_inputs(params: Params, inputs: Array, config: Config, axes: tuple[str, ...]) -> tuple[int, ...]:
     """The axes of the tokens, or of the vectors without their own: what comes before, and `axes`."""
     named = ", ".join(("...", *axes))
     if not config.features:
@@ -461,7 +488,13 @@ def _check_inputs(params: Params, inputs: Array, config: Config, axes: tuple[str
     return tuple(inputs.shape[:-1])
 
 
-def _check_recurrent(config: Config) -> None:
-    layers.recurrent_inputs(config.attention)
+def check_recurrent(config: Config) -> None:
+    attention_layer.recurrent_inputs(config.attention)
     if not config.causal:
         raise ValueError("config: expected causal=True, got causal=False: only a causal model can be read as a recurrence")
+
+
+def check_state(state: Any, config: Config) -> None:
+    if len(state.layers) != config.layers:
+        raise ValueError(f"state: expected the states of layers = {config.layers} layers, got {len(state.layers)}; make it with this "
+                         "config")

@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refattn import State, causal_linear_attention, causal_linear_attention_step, linear_attention, oracle, recurrence, vjp
-from refattn.attention import attention_backward, attention_forward, attention_functional_backward, attention_functional_forward
+from refattn.attention import (
+    attention_backward,
+    attention_forward,
+    attention_functional_backward,
+    attention_functional_forward,
+    linear_attention_read,
+    linear_attention_state,
+)
 from refattn.causal import causal_masked_backward, causal_masked_forward, causal_scan_backward, causal_scan_forward, running_product
 from refattn.features import feature_map
 from refattn.linear import full_product, linear_backward, linear_forward
@@ -163,6 +170,36 @@ def test_padding_changes_nothing_and_garbage_in_it_reaches_nothing(dtype, causal
         budgets.assert_within(x, y, bound, "d" + name)
     for at in np.ndindex(nq.shape):
         assert not out[at][nq[at]:].any() and not pullback(dout)[0][at][nq[at]:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(st.data())
+def test_what_all_keys_leave_behind_can_be_read_later_and_again(dtype, data):
+    """Bit for bit: state and read are the two halves of the whole, in which no key meets a query."""
+    c, rng = data.draw(cases(dtype=dtype, cross=True, longest=40)), np.random.default_rng(data.draw(seeds))
+    phi, eps = data.draw(st.sampled_from(["elu1", "relu"])), data.draw(st.sampled_from([0, 1e-6, 0.5]))
+    _, nk = lengths_of(c, rng)
+    state = linear_attention_state(spoiled(c.k, nk, np.nan), spoiled(c.v, nk, np.nan), feature_map=phi, key_lengths=nk)
+    kept = State(*(x.copy() for x in state))
+    whole = linear_attention(c.q, c.k, c.v, feature_map=phi, eps=eps, key_lengths=nk)
+    for _ in range(2):
+        laws.law_equal_bits({"read": linear_attention_read(c.q, state, feature_map=phi, eps=eps), "whole": whole})
+        laws.law_equal_bits({"after": [*state], "before": [*kept]})
+    assert {x.dtype for x in state} == {c.state.dtype}
+
+
+def test_any_array_library_reads_what_it_kept(rng):
+    xp = pytest.importorskip("array_api_strict")
+    q, k, v = (rng.integers(0, 4, shape).astype("f8") for shape in ((2, 6, 4, 5), (2, 3, 7, 5), (2, 3, 7, 2)))
+    lengths = np.array([7, 4])
+    state = linear_attention_state(xp.asarray(k), xp.asarray(v), feature_map="relu", key_lengths=lengths)
+    expected = linear_attention_state(k, v, feature_map="relu", key_lengths=lengths)
+    laws.law_equal_bits({"strict": [np.asarray(x) for x in state], "numpy": [*expected]})
+    out = linear_attention_read(xp.asarray(q), state, feature_map="relu", eps=0.5)
+    laws.law_equal_bits({"strict": np.asarray(out), "numpy": linear_attention_read(q, expected, feature_map="relu", eps=0.5)})
+    for wrong in ((*expected,), None, k):
+        with pytest.raises(TypeError, match=r"state: expected State\(S, z\) from linear_attention_state, got "):
+            linear_attention_read(q, wrong)
 
 
 @pytest.mark.parametrize("causal", [False, True])

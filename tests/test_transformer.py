@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refattn import layers
+from refattn import attention_layer
 from refattn import oracle as definitions
 from refattn.losses import cross_entropy_backward, cross_entropy_forward
 from refattn.optim import adam_init, adam_step
@@ -41,8 +41,8 @@ recurrent = st.builds(lambda c, attention: c._replace(causal=True, attention=att
 @pytest.fixture(autouse=True, scope="module")
 def few_buckets():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "LSH_BUCKETS", BUCKETS)
-        patch.setattr(layers, "LSH_CHUNK", CHUNK)
+        patch.setattr(attention_layer, "LSH_BUCKETS", BUCKETS)
+        patch.setattr(attention_layer, "LSH_CHUNK", CHUNK)
         yield
 
 
@@ -60,8 +60,9 @@ def draw_inputs(rng, config, shape, dtype=np.float64):
     return rng.standard_normal((*shape, config.features)).astype(dtype) if config.features else rng.integers(0, 7, shape)
 
 
-def oracle(params, tokens, config):
-    """Logits of one unpadded sequence (N,), a position and a head at a time. For real and for complex parameters."""
+def oracle(params, tokens, config, memory=None):
+    """Logits of one unpadded sequence (N,), a position and a head at a time; with a memory (Nm, Em) those of the decoder. For real and for
+    complex numbers."""
     norm = lambda x, name: ((x - x.mean()) / np.sqrt(((x - x.mean())**2).mean() + 1e-5)) * params[f"{name}.weight"] + params[f"{name}.bias"]
     affine = lambda x, name: (x[:, None] * params[f"{name}.weight"]).sum(0) + params[f"{name}.bias"]
     gelu = lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
@@ -73,13 +74,17 @@ def oracle(params, tokens, config):
             return params["positions.weight"][p]
         return np.array([(np.sin, np.cos)[c % 2](p / 10000 ** ((c - c % 2) / E)) for c in range(E)]) / np.sqrt(E / 2)
 
-    def attend(rows, name):
-        q, k, v = ([affine(x, f"{name}.{part}") for x in rows] for part in ("query", "key", "value"))
+    def attend(rows, name, memory=None):
+        q, k, v = ([affine(x, f"{name}.{part}") for x in (rows if part == "query" or memory is None else memory)]
+                   for part in ("query", "key", "value"))
         out = []
         for i in range(len(rows)):
             heads = []
             for h in range(config.heads):
-                own, seen = slice(h * D, h * D + D), range(i + 1 if config.causal else len(rows))
+                own, seen = slice(h * D, h * D + D), range(i + 1 if config.causal and memory is None else len(k))
+                if not seen:
+                    heads.append(np.zeros(D))
+                    continue
                 if config.attention == "linear":
                     w, eps = [(phi(q[i][own]) * phi(k[j][own])).sum() for j in seen], 1e-6
                 else:
@@ -105,7 +110,10 @@ def oracle(params, tokens, config):
     read = lambda x: affine(x, "input") if config.features else params["token.weight"][x]
     rows = [read(x) + position(p) for p, x in enumerate(tokens)]
     for i in range(config.layers):
-        for name, inner in ((f"blocks.{i}.attention", attend_lsh if "lsh" in config.attention else attend), (f"blocks.{i}.feed_forward", feed)):
+        parts = {"attention": attend_lsh if "lsh" in config.attention else attend, "feed_forward": feed}
+        if memory is not None:
+            parts = {"attention": attend, "cross": lambda rows, name: attend(rows, name, memory), "feed_forward": feed}
+        for name, inner in ((f"blocks.{i}.{part}", inner) for part, inner in parts.items()):
             if config.norm == "pre":
                 rows = [x + y for x, y in zip(rows, inner([norm(x, f"{name}.norm") for x in rows], name), strict=True)]
             else:
