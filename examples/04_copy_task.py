@@ -6,14 +6,13 @@ with more --minutes too. In the folder: a checkpoint and results (JSON) of each 
 """
 from __future__ import annotations
 
-import json
 import os
 import sys
 from typing import Any
 
 import numpy as np
 
-from refattn.experiment import Params, Row, Task, arguments, figure_save, require_extras, results_save, train, training_open
+from refattn.experiment import Params, Row, Task, arguments, figure_save, require_extras, results_load, results_save, train, training_open
 from refattn.losses import cross_entropy_backward, cross_entropy_forward
 from refattn.optim import AdamSlots, clip_by_global_norm, dropped_rate, radam_step
 from refattn.transformer import Config, transformer_backward, transformer_forward, transformer_init
@@ -101,11 +100,7 @@ def main() -> None:
                       measure=lambda params, config=config: copy_test(params, config, count))
         results_save(name(system, ".json"), {"plan": task.plan, "updates": state.update, "seconds": state.seconds, "loss": state.loss,
                                              **copy_test(state.params, config, 4 * count), "history": state.history})
-    results = {}
-    for system in SYSTEMS:
-        if os.path.exists(name(system, ".json")):
-            with open(name(system, ".json"), encoding="utf-8") as file:
-                results[system] = json.load(file)
+    results = {system: r for system in SYSTEMS if (r := results_load(name(system, ".json")))}
     figure(os.path.join(chosen.out, f"{scale}.png"), results)
     print(f"\n{'system':<8} {'updates':>8} {'minutes':>8} {'a second':>9} {'loss':>8} {'test loss':>10} {'accuracy':>9} {'whole':>7}")
     for system, r in results.items():
