@@ -200,7 +200,7 @@ def train(path: str | os.PathLike[str], task: Task, state: Training, *, updates:
 # --- measuring ---------------------------------------------------------------------------------------------------------------------------
 
 def peak_bytes() -> int:
-    """The most memory that this process has had resident so far, in bytes. Not on Windows.
+    """The most memory that this process has had resident so far, in bytes, to some dozens of pages. Not on Windows.
 
     Linux keeps two such numbers. That of getrusage lives through exec, and so begins with the peak of the process that started this one; that of
     /proc does not.
