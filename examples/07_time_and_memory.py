@@ -75,9 +75,9 @@ def figure(path: str, results: dict[str, Any], lengths: tuple[int, ...]) -> None
         for i, (system, points) in enumerate(results["points"].items()):
             fitted, missing = results["slopes"][system][quantity], left_out(lengths, points)
             words = system + ("" if fitted is None else f", slope {fitted:.2f}")
-            words += f"\n(N = {', '.join(map(str, missing))} left out)" if missing else ""
+            words += f"\n(N = {', '.join(f'{N:,}' for N in missing)} left out)" if missing else ""
             at = [N for N in lengths if str(N) in points]
-            ax.plot(at, [unit * points[str(N)][quantity] for N in at], "os^v"[i] + "-", markersize=4, color=f"C{i}", label=words)
+            ax.plot(at, [unit * points[str(N)][quantity] for N in at], ("o-", "s--", "^-", "v-")[i], markersize=4, color=f"C{i}", label=words)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.set(xlabel="N", ylabel=label, xlim=(lengths[0] / 1.3, lengths[-1] * 1.3))

@@ -44,10 +44,10 @@ from refattn.losses import bits, cross_entropy_backward, cross_entropy_forward
 from refattn.optim import AdamSlots, adam_step, clip_by_global_norm, cosine_rate, warm_up
 from refattn.transformer import Config, transformer_backward, transformer_forward, transformer_init, transformer_prefill
 
-SYSTEMS, EVERY, TEMPERATURE = ("linear", "softmax"), 10, 0.8
+SYSTEMS, EVERY, TEMPERATURE = ("linear", "softmax"), 25, 0.8
 DRAWN = {"linear": "linear, one state", "restarted": "linear, restarted", "softmax": "softmax, one state"}
 # width, heads, layers, length, batch, rate, updates until it is lowest
-SCALES = {"small": (128, 4, 4, 256, 8, 2e-3, 6000), "large": (384, 6, 6, 256, 64, 1e-3, 5000), "smoke": (16, 2, 1, 16, 4, 1e-2, 20)}
+SCALES = {"small": (128, 4, 4, 256, 8, 2e-3, 6000), "large": (384, 6, 6, 256, 64, 1e-3, 5000), "smoke": (16, 2, 1, 16, 4, 1e-2, 50)}
 GRAMMAR = {
     "TEXT": ("ONE SEES THING.", "MANY SEE THING.", "WHEN ONE SEES THING, MANY SEE THING.", "WHEN MANY SEE THING, ONE SEES THING."),
     "ONE": ("the NOUN", "the KIND NOUN", "the NOUN that SEES THING"), "MANY": ("the NOUNs", "the KIND NOUNs", "the NOUNs that SEE THING"),

@@ -127,9 +127,9 @@ def test_08_text(run: Run, tmp_path: Path) -> None:
     assert first[0][1:5] == ["characters", "of", "invented", "sentences;"]
     rows = {row[0]: row for row in first[3:] if row[:1] in (["linear"], ["softmax"])}
     for system, r in results.items():
-        assert rows[system][1] == "20" and rows[system][5:] == [f"{r['bits']:.4f}", f"{r['restarted']:.4f}"]
+        assert rows[system][1] == "50" and rows[system][5:] == [f"{r['bits']:.4f}", f"{r['restarted']:.4f}"]
         assert rows[system][4] == f"{r['loss'] / math.log(2):.4f}"
-        assert [point["update"] for point in r["history"]] == [10, 20]
+        assert [point["update"] for point in r["history"]] == [25, 50]
         assert [along[-1][0] for along in r["along"]] == ([256, len(held_out(3)) - 1] if system == "linear" else [256])
     # as many characters as were asked for, all of them the model's, and time and memory for each part of them
     drawn = results["linear"]["drawn"] | results["softmax"]["drawn"]
