@@ -100,7 +100,7 @@ def main() -> None:
                       measure=lambda params, config=config: copy_test(params, config, count))
         results_save(name(system, ".json"), {"plan": task.plan, "updates": state.update, "seconds": state.seconds, "loss": state.loss,
                                              **copy_test(state.params, config, 4 * count), "history": state.history})
-    results = results_load({system: name(system, ".json") for system in SYSTEMS})
+    results = {system: r for system in SYSTEMS if (r := results_load(name(system, ".json")))}
     figure(os.path.join(chosen.out, f"{scale}.png"), results)
     print(f"\n{'system':<8} {'updates':>8} {'minutes':>8} {'a second':>9} {'loss':>8} {'test loss':>10} {'accuracy':>9} {'whole':>7}")
     for system, r in results.items():

@@ -252,7 +252,7 @@ def main() -> None:
             "plan": task.plan, "weights": weights, "updates": state.update, "epochs": state.update / per_epoch, "seconds": state.seconds,
             "epoch": {"wall": wall, "processor": processor}, "loss": state.loss, **test(state.params, beam=ctc_beam_decode),
             "history": state.history})
-    results = results_load({system: name(system, ".json") for system in SYSTEMS})
+    results = {system: r for system in SYSTEMS if (r := results_load(name(system, ".json")))}
     figure(os.path.join(chosen.out, f"{scale}-{corpus.name}.png"), results, corpus.name, per_epoch)
     print(f"\n{'':<8} {'':>10} {'':>7} {'':>8} {'seconds an epoch':>17}  {'nats a phoneme':>15}  {'phoneme errors':>15}")
     print(f"{'system':<8} {'weights':>10} {'epochs':>7} {'minutes':>8} {'processor':>10} {'wall':>6}  {'training':>8} {'test':>6}  "

@@ -15,6 +15,8 @@ import io
 import json
 import math
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -109,10 +111,7 @@ def training_save(path: str | os.PathLike[str], state: Training, task: Task) -> 
 def training_load(path: str | os.PathLike[str], task: Task) -> Training:
     """What `training_save` wrote; ValueError if it was written under another plan."""
     arrays, record = checkpoint_load(path)
-    theirs, ours = record.get("plan", {}), json.loads(json.dumps(task.plan))
-    other = [f"{name} = {theirs.get(name)} (now {ours.get(name)})" for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
-    if other:
-        raise ValueError(f"{os.fspath(path)}: a training with {', '.join(other)}; ask for the same, name another folder by --out, or delete it")
+    check_plan(path, record.get("plan", {}), task.plan, what="a training")
 
     def named(part: str) -> Params:
         return {name.removeprefix(part): x for name, x in arrays.items() if name.startswith(part)}
@@ -125,6 +124,14 @@ def training_open(path: str | os.PathLike[str], task: Task, init: Callable[[], P
     """The training in `path` if there is one, else a new one from `init()`; makes the folder."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     return training_load(path, task) if os.path.exists(path) else training_init(init())
+
+
+def check_plan(path: str | os.PathLike[str], theirs: Mapping[str, Any], ours: Mapping[str, Any], *, what: str) -> None:
+    """ValueError unless `what` is in the file, made under `theirs`, is what is asked for now."""
+    ours = json.loads(json.dumps(ours))
+    other = [f"{name} = {theirs.get(name)} (now {ours.get(name)})" for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+    if other:
+        raise ValueError(f"{os.fspath(path)}: {what} with {', '.join(other)}; ask for the same, name another folder by --out, or delete it")
 
 
 # --- the loop ----------------------------------------------------------------------------------------------------------------------------
@@ -226,6 +233,31 @@ def task_for_budget(path: str | os.PathLike[str], task: Callable[[int], Task], i
     return planned
 
 
+# --- measuring ---------------------------------------------------------------------------------------------------------------------------
+
+def peak_bytes() -> int:
+    """The most memory that this process has had resident so far, in bytes, to some dozens of pages. Not on Windows.
+
+    Linux keeps two such numbers. That of getrusage lives through exec, and so begins with the peak of the process that started this one; that of
+    /proc does not.
+    """
+    try:
+        with open("/proc/self/status", encoding="utf-8") as file:
+            return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def run_apart(script: str | os.PathLike[str], *arguments: str) -> Any:
+    """What the script prints, JSON, in a process of its own: its memory and its threads are those of nothing else.
+
+    subprocess.CalledProcessError where it fails; its own words are on stderr by then.
+    """
+    done = subprocess.run([sys.executable, os.fspath(script), *arguments], stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout)
+
+
 # --- the command and its files -----------------------------------------------------------------------------------------------------------
 
 EXTRAS = {"sklearn": "scikit-learn", "safetensors": "safetensors", "tqdm": "tqdm", "matplotlib": "matplotlib"}
@@ -254,14 +286,12 @@ def results_save(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Non
     replace_file(path, json.dumps(record, indent=1, allow_nan=False).encode())
 
 
-def results_load(paths: Mapping[str, str]) -> dict[str, Any]:
-    """Of these files by name, what is in those that exist."""
-    found = {}
-    for name, path in paths.items():
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                found[name] = json.load(file)
-    return found
+def results_load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `results_save` wrote; nothing, {}, if there is no such file."""
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        return dict(json.load(file))
 
 
 def curves_draw(axes: Sequence[Any], results: Mapping[str, Any], order: Sequence[str], across: Mapping[str, Callable[[Row], float]],

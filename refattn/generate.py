@@ -6,6 +6,8 @@ Axes   B sequences side by side · P positions of the prompt · V vocabulary
 """
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -67,14 +69,42 @@ def generate(params: Params, config: Config, prompt: np.ndarray, count: int, rng
     >>> generate(params, config, np.array([[1, 2], [3, 4]]), 5, np.random.default_rng(0)).shape
     (2, 7)
     """
-    tokens, P, draw = _room(config, prompt, count), prompt.shape[1], draw or sample
+    tokens = _room(config, prompt, count)
+    drawn = generate_stream(params, config, prompt, rng, temperature=temperature, draw=draw)
+    for position, token in enumerate(itertools.islice(drawn, int(count)), prompt.shape[1]):
+        tokens[:, position] = token
+    return tokens
+
+
+def generate_stream(params: Params, config: Config, prompt: np.ndarray, rng: np.random.Generator, *, temperature: float = 1.0,
+                    draw: Draw | None = None) -> Iterator[np.ndarray]:
+    """The tokens that `generate` adds, (B,) each, one after another and without an end; nothing is kept of them but the model's state.
+
+    Parameters and errors are those of `generate`, the latter when the first token is asked for. With learned positions ValueError behind
+    config.length. A token is read when the next one is asked for.
+
+    Notes
+    -----
+    With linear attention constant time for each token and constant memory.
+
+    Examples
+    --------
+    >>> from refattn.transformer import transformer_init
+    >>> config = Config(vocabulary=10, length=16, width=8, heads=2, layers=1, feed_forward=32, positions="sinusoidal")
+    >>> params = transformer_init(np.random.default_rng(0), config)
+    >>> stream = generate_stream(params, config, np.array([[1, 2], [3, 4]]), np.random.default_rng(0))
+    >>> sum(token.shape == (2,) for token in itertools.islice(stream, 100))
+    100
+    """
+    _room(config, prompt, 0)
+    draw = draw or sample
     logits, state = transformer_prefill(params, prompt, config)
     logits_t = logits[:, -1]
-    for position in range(P, P + count):
-        if position > P:
-            logits_t, state = transformer_step(params, tokens[:, position - 1], state, config)
-        tokens[:, position] = draw(logits_t, rng, temperature=temperature)
-    return tokens
+    del logits                                      # of a long prompt they are much, and a stream may run long
+    while True:
+        token = draw(logits_t, rng, temperature=temperature)
+        yield token
+        logits_t, state = transformer_step(params, token, state, config)
 
 
 def generate_recomputed(params: Params, config: Config, prompt: np.ndarray, count: int, rng: np.random.Generator, *,

@@ -227,6 +227,38 @@ def test_the_loss_is_a_running_mean(tmp_path: Path) -> None:
     assert after(begin(), 3).loss == pytest.approx(0.95 * (0.95 * losses[0] + 0.05 * losses[1]) + 0.05 * losses[2], rel=1e-15)
 
 
+# --- measuring ---------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows does not tell the peak of memory")
+def test_the_peak_is_this_process_s_own_and_stays(tmp_path: Path) -> None:
+    """It rises by what is touched, not by what is freed, and does not begin with that of the process that started this one."""
+    script = tmp_path / "child.py"
+    script.write_text("import sys, json, numpy as np; from refattn.experiment import peak_bytes\n"
+                      "before = peak_bytes(); x = np.ones(2**23); during = peak_bytes(); del x; print(json.dumps([before, during, peak_bytes()]))")
+    large = np.ones(2**25)                                                          # 256 MiB
+    before, during, after = experiment.run_apart(script)
+    assert abs(during - before - 2**26) < 2**22 and abs(after - during) < 2**20 and experiment.peak_bytes() > large.nbytes
+    assert before < large.nbytes or not os.path.exists("/proc/self/status")
+
+
+def test_without_proc_the_peak_comes_from_getrusage(monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+
+    def missing(*arguments: Any, **options: Any) -> Any:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(experiment, "open", missing, raising=False)
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert experiment.peak_bytes() == unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 2**20
+
+
+def test_a_script_that_fails_apart_fails_here(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text("import sys, json; print(json.dumps(sys.argv[1:])); sys.exit(len(sys.argv) > 2)")
+    assert experiment.run_apart(tmp_path / "x.py", "a") == ["a"]
+    with pytest.raises(subprocess.CalledProcessError, match="exit status 1"):
+        experiment.run_apart(tmp_path / "x.py", "a", "b")
+
+
 # --- data, files, words ------------------------------------------------------------------------------------------------------------------
 
 @given(size=st.integers(1, 5), count=st.integers(5, 17), epoch=st.integers(0, 3), seed=st.integers(0, 99))
@@ -285,13 +317,8 @@ def test_results_are_json_and_whole(tmp_path: Path) -> None:
     experiment.results_save(tmp_path / "r.json", {"x": [1, 0.1]})
     with pytest.raises(ValueError, match="JSON"):
         experiment.results_save(tmp_path / "r.json", {"x": math.nan})
-    assert json.loads((tmp_path / "r.json").read_text()) == {"x": [1, 0.1]}
-
-
-def test_results_that_are_there_are_loaded_under_their_names(tmp_path: Path) -> None:
-    experiment.results_save(tmp_path / "a.json", {"π": 3})
-    paths = {name: str(tmp_path / f"{name}.json") for name in ("b", "a")}
-    assert experiment.results_load(paths) == {"a": {"π": 3}}
+    assert json.loads((tmp_path / "r.json").read_text()) == {"x": [1, 0.1]} == experiment.results_load(tmp_path / "r.json")
+    assert experiment.results_load(tmp_path / "none.json") == {}
 
 
 def test_curves_are_drawn_as_they_are(tmp_path: Path) -> None:

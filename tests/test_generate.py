@@ -1,12 +1,15 @@
 """Laws of generation."""
 from __future__ import annotations
 
+import tracemalloc
+from itertools import islice
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refattn.generate import generate, generate_recomputed, sample
+from refattn.generate import generate, generate_recomputed, generate_stream, sample
 from refattn.losses import logistic_mixture_sample
 from refattn.transformer import Config, transformer_forward, transformer_init
 
@@ -84,6 +87,38 @@ def test_the_last_token_needs_no_position_of_its_own():
     assert generate(params, endless, np.array([[1, 2]]), 40, np.random.default_rng(0)).shape == (1, 42)
 
 
+@given(seeds, configs, st.integers(1, 5), st.sampled_from([0.0, 0.5, 1.0]))
+def test_a_stream_goes_on_as_generate_does(seed, config, P, temperature):
+    """To the last position of a model that has one; without an end if it has none."""
+    params = transformer_init(np.random.default_rng(seed), config, np.float64)
+    prompt = np.random.default_rng(seed).integers(0, 7, (3, P))
+    stream = generate_stream(params, config, prompt, np.random.default_rng(seed), temperature=temperature)
+    tokens = generate(params, config, prompt, 13 - P, np.random.default_rng(seed), temperature=temperature)
+    np.testing.assert_array_equal(np.stack(list(islice(stream, 13 - P)), axis=1), tokens[:, P:])
+    if config.positions == "learned":
+        with pytest.raises(ValueError, match="at most length = 12 positions"):
+            next(stream)
+    else:
+        assert next(stream).shape == (3,)
+
+
+def test_a_stream_of_a_linear_model_keeps_nothing():
+    """Not even the logits of its prompt, once it has moved on; softmax attention keeps the past."""
+    arrays = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
+    kept = {}
+    for attention in ("linear", "softmax"):
+        config = Config(7, 12, 8, 2, 1, 5, attention=attention, positions="sinusoidal")
+        params = transformer_init(np.random.default_rng(0), config)
+        stream = generate_stream(params, config, np.zeros((1, 5000), int), np.random.default_rng(0))
+        tracemalloc.start()
+        for tokens in (50, 550):
+            for _ in islice(stream, tokens):
+                pass
+            kept[attention, tokens] = sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces([arrays]).traces)
+        tracemalloc.stop()
+    assert kept["linear", 50] == kept["linear", 550] < 5000 and kept["softmax", 50] > 5000 * 2 * 8 * 4
+
+
 class Fixed:
     """A generator whose uniform numbers are given."""
 
@@ -137,6 +172,7 @@ RNG = np.random.default_rng(0)
     (lambda: generate(PARAMS, CONFIG._replace(causal=False), np.zeros((1, 1), int), 1, RNG), ValueError, "expected causal=True"),
     (lambda: generate(PARAMS, CONFIG, np.zeros((1, 1), int), 1, RNG, temperature=-1),
      ValueError, "temperature: expected a finite number ≥ 0"),
+    (lambda: next(generate_stream(PARAMS, CONFIG, np.zeros((4, 0), int), RNG)), ValueError, r"prompt: expected \(B, P\) with P ≥ 1"),
     (lambda: sample(np.array([0.0, np.nan]), RNG), ValueError, "logits: expected a number or -inf everywhere"),
     (lambda: sample(np.array([-np.inf, -np.inf]), RNG), ValueError, "logits: expected a number or -inf everywhere"),
     (lambda: sample(np.zeros((2, 0)), RNG), ValueError, "V ≥ 1"),
