@@ -25,7 +25,7 @@ from ._blocks import cores
 from .attention import causal_linear_attention, causal_linear_attention_step, linear_attention
 from .causal import (causal_chunked_backward, causal_chunked_forward, causal_masked_backward, causal_masked_forward, causal_scan_backward,
                      causal_scan_forward, causal_step)
-from .experiment import (EXTRAS, Params, Task, Training, arguments, epoch_part, figure_save, require_extras, train,
+from .experiment import (EXTRAS, Params, Task, Training, arguments, epoch_part, mosaics_save, require_extras, train,
                          training_open)
 from .generate import generate, generate_recomputed
 from .losses import bits, cross_entropy_backward, cross_entropy_forward
@@ -356,39 +356,10 @@ def draw(path: str, params: Params, config: Config, scans: Scans, rng: np.random
 
 
 def _figure(path: str, drawn: np.ndarray, completions: dict[str, np.ndarray]) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    blocks = ((drawn, [""] * len(drawn), f"Asked for 0 to 9, the linear transformer draws pixel after pixel (temperature {TEMPERATURE})"),
-              (np.stack(list(completions.values())), list(completions), "Held-out scans: shown the upper half, it draws the lower half"))
-    figure = Figure(figsize=(9, 0.82 * (len(drawn) + len(completions)) + 1.2), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (rows, names, title) in zip(figure.subplots(2, 1, height_ratios=[len(rows) for rows, _, _ in blocks]), blocks):
-        axes.imshow(mosaic(rows), interpolation="nearest")
-        axes.set_xticks([_middle(c) for c in range(10)], [str(digit) for digit in range(10)])
-        axes.set_yticks([_middle(r) for r in range(len(rows))], names)
-        axes.tick_params(length=0, labeltop=True, labelbottom=False)
-        axes.spines[:].set_visible(False)
-        axes.set_title(title, fontsize=11)
-    figure_save(path, figure)
-
-
-def _middle(i: int) -> float:
-    return i * (SIDE + 1) + SIDE / 2 - 0.5
-
-
-def mosaic(rows: np.ndarray) -> np.ndarray:
-    """Rows of images (R, C, 64) as one picture of colours (height, width, 3): ink is black, a gap between images blue, a NaN sand.
-
-    >>> mosaic(np.zeros((2, 3, 64))).shape
-    (17, 26, 3)
-    """
-    R, C = rows.shape[:2]
-    levels = np.full((R, SIDE + 1, C, SIDE + 1), -1.0)
-    levels[:, :SIDE, :, :SIDE] = rows.reshape(R, C, SIDE, SIDE).swapaxes(1, 2)
-    levels = levels.reshape(R * (SIDE + 1), C * (SIDE + 1))[:-1, :-1, None]
-    grey = np.broadcast_to(1 - levels / (LEVELS - 1), (*levels.shape[:2], 3))
-    return np.where(levels == -1, (0.80, 0.86, 0.93), np.where(np.isnan(levels), (0.93, 0.89, 0.80), grey))
+    blocks = ((f"Asked for 0 to 9, the linear transformer draws pixel after pixel (temperature {TEMPERATURE})", [""] * len(drawn), drawn),
+              ("Held-out scans: shown the upper half, it draws the lower half", list(completions), np.stack(list(completions.values()))))
+    mosaics_save(path, [(title, names, 1 - levels.reshape(-1, 10, SIDE, SIDE) / (LEVELS - 1)) for title, names, levels in blocks],
+                 [str(digit) for digit in range(10)])
 
 
 # --- 4: speed --------------------------------------------------------------------------------------------------------------------------

@@ -313,6 +313,39 @@ def figure_save(path: str | os.PathLike[str], figure: Any) -> None:
     replace_file(path, data.getvalue())
 
 
+def mosaic(rows: np.ndarray) -> np.ndarray:
+    """Rows of pictures (R, C, height, width) of brightness 0 … 1, or (R, C, height, width, 3) in colours, as one picture of colours: a gap
+    between pictures is blue, a NaN sand.
+
+    >>> mosaic(np.zeros((2, 3, 8, 8))).shape
+    (17, 26, 3)
+    """
+    colours = rows if rows.ndim == 5 else np.repeat(rows[..., None], 3, axis=-1)
+    R, C, height, width, _ = colours.shape
+    whole = np.full((R, height + 1, C, width + 1, 3), (0.80, 0.86, 0.93))
+    whole[:, :height, :, :width] = np.where(np.isnan(colours), (0.93, 0.89, 0.80), colours).swapaxes(1, 2)
+    return whole.reshape(R * (height + 1), C * (width + 1), 3)[:-1, :-1]
+
+
+def mosaics_save(path: str | os.PathLike[str], blocks: Sequence[tuple[str, Sequence[str], np.ndarray]], columns: Sequence[str]) -> None:
+    """A figure of mosaics, one below the other: a title, the words beside each row, and the rows of pictures, of each."""
+    from matplotlib.figure import Figure
+
+    def middle(count: int, extent: int) -> list[float]:
+        return [i * (extent + 1) + (extent - 1) / 2 for i in range(count)]
+
+    count = [len(rows) for _, _, rows in blocks]
+    figure = Figure(figsize=(0.82 * len(columns) + 0.8, 0.82 * sum(count) + 0.6 * len(blocks)), dpi=110, layout="constrained")
+    for ax, (title, names, rows) in zip(figure.subplots(len(blocks), 1, squeeze=False, height_ratios=count)[:, 0], blocks, strict=True):
+        ax.imshow(mosaic(rows), interpolation="nearest")
+        ax.set_xticks(middle(len(columns), rows.shape[3]), columns)
+        ax.set_yticks(middle(len(names), rows.shape[2]), names)
+        ax.tick_params(length=0, labeltop=True, labelbottom=False)
+        ax.spines[:].set_visible(False)
+        ax.set_title(title, fontsize=11)
+    figure_save(path, figure)
+
+
 def _minutes(text: str) -> float:
     minutes = float(text)
     if not 0 < minutes < math.inf:

@@ -163,19 +163,6 @@ def test_the_model_and_its_recurrent_twin_are_compared_pixel_by_pixel(monkeypatc
 
 # --- the picture -------------------------------------------------------------------------------------------------------------------------
 
-def test_a_mosaic_shows_every_image_in_its_place() -> None:
-    rows = some_images(6).reshape(2, 3, 64).astype(float)
-    rows[1, 2, 32:] = np.nan
-    picture = demo.mosaic(rows)
-    for r in range(2):
-        for c in range(3):
-            tile, image = picture[9 * r: 9 * r + 8, 9 * c: 9 * c + 8], rows[r, c].reshape(8, 8)
-            seen = ~np.isnan(image)
-            np.testing.assert_allclose(tile[seen], np.repeat(1 - image[seen][:, None] / 16, 3, axis=1))
-            assert (tile[~seen] == (0.93, 0.89, 0.80)).all()
-    assert (picture[8] == picture[:, 8, None]).all() and not (picture[8] == picture[8, :, :1]).all()
-
-
 def test_the_shown_half_is_kept_and_only_the_rest_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: dict[str, Any] = {}
     monkeypatch.setattr(demo, "_figure", lambda path, drawn, completions: kept.update(drawn=drawn, **completions))

@@ -334,6 +334,39 @@ def test_curves_are_drawn_as_they_are(tmp_path: Path) -> None:
     assert axes[0].get_ylabel() == "loss" and [text.get_text() for text in axes[1].get_legend().get_texts()] == ["c", "a"]
 
 
+@given(rows=st.integers(1, 3), columns=st.integers(1, 3), height=st.integers(1, 4), width=st.integers(1, 4), colours=st.booleans(),
+       seed=st.integers(0, 99))
+def test_a_mosaic_shows_every_picture_in_its_place(rows: int, columns: int, height: int, width: int, colours: bool, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    pictures = rng.random((rows, columns, height, width, *((3,) if colours else ())))
+    hidden = rng.random((rows, columns, height, width)) < 0.3
+    pictures[hidden] = np.nan
+    shown = experiment.mosaic(pictures)
+    assert shown.shape == (rows * (height + 1) - 1, columns * (width + 1) - 1, 3)
+    left = np.ones(shown.shape[:2], bool)
+    for r in range(rows):
+        for c in range(columns):
+            at = slice((height + 1) * r, (height + 1) * r + height), slice((width + 1) * c, (width + 1) * c + width)
+            tile, picture, left[at] = shown[at], pictures[r, c], False
+            there = ~hidden[r, c]
+            np.testing.assert_array_equal(tile[there], picture[there] if colours else np.repeat(picture[there][:, None], 3, axis=1))
+            assert (tile[~there] == (0.93, 0.89, 0.80)).all()
+    assert (shown[left] == (0.80, 0.86, 0.93)).all()
+
+
+def test_the_words_of_a_figure_of_mosaics_stand_at_the_middle_of_their_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    kept: list[Any] = []
+    monkeypatch.setattr(experiment, "figure_save", lambda path, figure: kept.append(figure))
+    upper, lower = np.zeros((1, 3, 4, 7)), np.ones((2, 3, 4, 7))
+    experiment.mosaics_save(tmp_path / "x.png", [("one", ["a"], upper), ("two", ["b", "c"], lower)], ["x", "y", "z"])
+    for ax, title, names, rows in zip(kept[0].axes, ("one", "two"), (["a"], ["b", "c"]), (upper, lower), strict=True):
+        assert ax.get_title() == title and [text.get_text() for text in ax.get_yticklabels()] == names
+        np.testing.assert_array_equal(ax.get_images()[0].get_array(), experiment.mosaic(rows))
+        assert [text.get_text() for text in ax.get_xticklabels()] == ["x", "y", "z"]
+        assert ax.get_xticks().tolist() == [3, 11, 19] and ax.get_yticks().tolist() == [1.5, 6.5][: len(rows)]
+
+
 @pytest.mark.parametrize("options", [["--minutes", "0"], ["--minutes", "nan"], ["--minutes", "soon"], ["--seed", "-1"], ["--seed", "x"]])
 def test_options_that_mean_nothing_end_with_usage(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
