@@ -34,7 +34,7 @@ def params_of(config: Any, dtype: Any = np.float64) -> Any:
 
 def images_of(rng: np.random.Generator, count: int, shape: tuple[int, ...] = (4, 3), levels: int = 6) -> Any:
     values = rng.integers(0, levels, (count, math.prod(shape))).astype(np.uint8)
-    return IMAGES["Images"](values, values[::-1], np.arange(count) % 10, tuple("abcdefghij"), shape, levels)
+    return IMAGES["Images"](values, values[::-1], (3 * np.arange(count) + 1) % 10, tuple("abcdefghij"), shape, levels)
 
 
 def task_of(system: str, images: Any, **plan: Any) -> Any:
@@ -85,13 +85,15 @@ def test_the_command_trains_goes_on_and_tells(command: Any, tmp_path: Path) -> N
 
 
 @needs_digits
-def test_a_budget_of_minutes_is_kept_in_the_plan(command: Any, tmp_path: Path) -> None:
-    names = runpy.run_path(FILE)
+def test_a_budget_of_minutes_is_kept_in_the_plan(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, tested = runpy.run_path(FILE), []
     names["SCALES"]["digits", "small"] = (8, 2, 1, 2, 1e-3)
+    monkeypatch.setitem(names["main"].__globals__, "image_test", lambda *at: tested.append(at[2]) or names["image_test"](*at))
     options = ["--system", "linear", "--test", "7"]
     first, again = (command("--minutes", "0.001", *options, main=names["main"]) for _ in range(2))
     r = json.loads((tmp_path / "out" / "digits-small-linear.json").read_text())
     assert r["updates"] == r["plan"]["updates"] >= 1 and r["test images"] == 7
+    np.testing.assert_array_equal(tested[0], names["images_load"]("digits", None).test[[0, 42, 84, 127, 169, 212, 254]])     # all over the 297
     assert first[1][-4:] == ["update", "0", "of", f"{r['updates']:,}"] and again[1][-3:] == [f"{r['updates']:,}", "of", f"{r['updates']:,}"]
     with pytest.raises(ValueError, match=r"minutes = 0.001 \(now 2.0\)"):
         command("--minutes", "2", *options, main=names["main"])
@@ -247,6 +249,9 @@ def test_the_shown_half_is_kept_and_only_the_rest_is_drawn(system: str, shape: t
     assert np.isnan(levels[1][1, :, 2:]).all() and not np.array_equal(levels[1][2], levels[1][3])
     for x in (levels[0], levels[1][2:, :, 2:]):                                  # from the blackest to the whitest, and nothing but levels
         assert (x.min(), x.max()) == (0, 1) and np.abs(5 * x - np.round(5 * x)).max() < 1e-9
+    monkeypatch.setitem(draw.__globals__, "TEMPERATURE", 0)
+    draw("x", params_of(config), config, images, rng, 2)
+    np.testing.assert_array_equal(*kept["x-completed.png"][2][2:])               # the likeliest, whatever the generator says
 
 
 def test_an_image_that_is_known_by_heart_is_completed_as_it_was(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
