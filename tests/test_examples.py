@@ -99,15 +99,16 @@ def test_04_copy_task(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkey
     names = runpy.run_path(file)
     first = run("--system", "linear", "--system", "lsh-1")
     again = run("--system", "lsh-1")
-    assert first[-4:] == again[-4:] and [row[0] for row in first[-4:-2]] == ["linear", "lsh-1"] and again[0][-1] == "20"
+    assert first[-4:] == again[-4:] and [row[0] for row in first[-4:-2]] == ["linear", "lsh-1"] and again[0][-1] == "40"
     assert (tmp_path / "out" / "smoke.png").read_bytes().startswith(b"\x89PNG")
     results = {system: json.loads((tmp_path / "out" / f"smoke-{system}.json").read_text()) for system in ("linear", "lsh-1")}
     for row, r in zip(first[-4:-2], results.values(), strict=True):
-        assert row[1] == "20" and row[4:] == [f"{r['loss']:.4f}", f"{r['test loss']:.4f}", f"{r['accuracy']:.2%}", f"{r['whole']:.1%}"]
-        assert [point["update"] for point in r["history"]] == [10, 20] and r["history"][-1]["loss"] == r["loss"]
+        assert row[1] == "40" and row[4:] == [f"{r['loss']:.4f}", f"{r['test loss']:.4f}", f"{r['accuracy']:.2%}", f"{r['whole']:.1%}",
+                                              f"{r['shorter']:.2%}"]
+        assert [point["update"] for point in r["history"]] == [20, 40] and r["history"][-1]["loss"] == r["loss"]
     # what is learnt from: 0 w 0 w, and just the second w counts
     tokens, n = names["copy_batch"](np.random.default_rng(0), 50, 4, 7)
-    assert set(n) == {4, 5, 6, 7} and set(tokens.ravel()) == set(range(11)) and tokens.shape == (50, 16)
+    assert set(n) == {4, 5, 6, 7} and 20 < (n == 7).sum() < 45 and set(tokens.ravel()) == set(range(11)) and tokens.shape == (50, 16)
     task, config = names["copy_task"]("linear", "smoke", 3)
     params = names["transformer_init"](np.random.default_rng(0), config)
     logits, targets, second, _ = names["read"](params, config, tokens, n, np.random.default_rng(0))
