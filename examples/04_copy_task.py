@@ -106,7 +106,8 @@ def main() -> None:
             "shorter": copy_test(state.params, config, 4 * count, config.length // 4 + 1)["accuracy"], "history": state.history})
     results = {system: r for system in SYSTEMS if (r := results_load(name(system, ".json")))}
     figure(os.path.join(chosen.out, f"{scale}.png"), results)
-    print(f"\n{'system':<8} {'updates':>8} {'minutes':>8} {'a second':>9} {'loss':>8} {'test loss':>10} {'accuracy':>9} {'whole':>7} {'shorter too':>12}")
+    print(f"\n{'system':<8} {'updates':>8} {'minutes':>8} {'a second':>9} {'loss':>8} {'test loss':>10} {'accuracy':>9} {'whole':>7} "
+          f"{'shorter too':>12}")
     for system, r in results.items():
         print(f"{system:<8} {r['updates']:>8,} {r['seconds'] / 60:>8.1f} {r['updates'] / r['seconds']:>9.2f} {r['loss']:>8.4f} "
               f"{r['test loss']:>10.4f} {r['accuracy']:>9.2%} {r['whole']:>7.1%} {r['shorter']:>12.2%}")
