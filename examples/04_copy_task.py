@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from refattn.experiment import (Params, Row, Task, arguments, curves_draw, figure_save, require_extras, results_load, results_save, train,
-                                training_open)
+from refattn.experiment import (CUPY, Params, Row, Task, arguments, curves_draw, figure_save, library, like, require_extras, results_load,
+                                results_save, train, training_open)
 from refattn.losses import cross_entropy_backward, cross_entropy_forward
 from refattn.optim import AdamSlots, adam_step, clip_by_global_norm, dropped_rate, radam_step, warm_up
 from refattn.transformer import Config, transformer_backward, transformer_forward, transformer_init
@@ -37,9 +37,11 @@ def copy_batch(rng: np.random.Generator, count: int, shortest: int, longest: int
 
 def read(params: Params, config: Config, tokens: np.ndarray, n: np.ndarray, rng: np.random.Generator) -> tuple[Any, ...]:
     """Logits and what follows each token, true where that is in the second w, and the residuals."""
-    logits, residuals = transformer_forward(params, tokens[:, :-1], config, lengths=2 * n + 1, rng=rng)
     i = np.arange(tokens.shape[1] - 1)
-    return logits, tokens[:, 1:], (i > n[:, None]) & (i < 2 * n[:, None] + 1), residuals
+    second = (i > n[:, None]) & (i < 2 * n[:, None] + 1)
+    tokens, targets, second = like(params, (tokens[:, :-1], tokens[:, 1:], second))
+    logits, residuals = transformer_forward(params, tokens, config, lengths=2 * n + 1, rng=rng)
+    return logits, targets, second, residuals
 
 
 def copy_task(system: str, scale: str, seed: int) -> tuple[Task, Config]:
@@ -89,15 +91,17 @@ def main() -> None:
     parser = arguments(__doc__, out=os.path.join("out", "copy"), minutes=90.0)
     parser.add_argument("--system", choices=SYSTEMS, action="append", help="train this one; may be repeated (default: all, one after another)")
     parser.add_argument("--scale", choices=("small", "paper"), default="small", help="size of the models (default: %(default)s)")
+    parser.add_argument("--cupy", action="store_true", help=CUPY)
     chosen = parser.parse_args()
     require_extras("safetensors", "tqdm", "matplotlib")
+    xp = library(chosen.cupy)
     scale, count = ("smoke", 8) if chosen.smoke else (chosen.scale, BATCH)
     budget: dict[str, float] = {"updates": 2 * EVERY} if chosen.smoke else {"seconds": 60 * chosen.minutes}
     name = lambda system, ending: os.path.join(chosen.out, f"{scale}-{system}{ending}")
     for system in chosen.system or SYSTEMS:
         task, config = copy_task(system, scale, chosen.seed)
         init = lambda config=config: transformer_init(np.random.default_rng(chosen.seed), config)
-        state = training_open(name(system, ".safetensors"), task, init)
+        state = training_open(name(system, ".safetensors"), task, init, xp)
         print(f"{system}: {sum(x.size for x in state.params.values()):,} weights, from update {state.update}", flush=True)
         state = train(name(system, ".safetensors"), task, state, measured=lambda update: update % EVERY == 0, **budget,
                       measure=lambda params, config=config: copy_test(params, config, count))

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refattn.demo import digits_load
-from refattn.experiment import (Params, Row, Task, arguments, curves_draw, epoch_part, figure_save, mosaics_save, require_extras, results_load,
-                                results_save, task_for_budget, train, training_open)
+from refattn.experiment import (CUPY, Params, Row, Task, arguments, curves_draw, epoch_part, figure_save, library, like, mosaics_save, moved,
+                                require_extras, results_load, results_save, task_for_budget, train, training_open)
 from refattn.generate import generate
 from refattn.losses import bits, logistic_mixture_backward, logistic_mixture_forward, logistic_mixture_sample
 from refattn.optim import AdamSlots, adam_step, clip_by_global_norm, cosine_rate, radam_step, warm_up
@@ -75,8 +75,8 @@ def shift(values: np.ndarray, config: Config) -> np.ndarray:
 def read(params: Params, config: Config, images: np.ndarray, rng: np.random.Generator) -> tuple[Any, ...]:
     """The logistics for each value, the values, and the residuals."""
     values = images.astype(np.int64)
-    logistics, residuals = transformer_forward(params, shift(values, config), config, rng=rng)
-    return logistics, values, residuals
+    logistics, residuals = transformer_forward(params, like(params, shift(values, config)), config, rng=rng)
+    return logistics, like(params, values), residuals
 
 
 def image_task(images: np.ndarray, config: Config, plan: dict[str, Any]) -> Task:
@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--system", choices=SYSTEMS, action="append", help="train this one; may be repeated (default: all, one after another)")
     parser.add_argument("--scale", choices=("small", "paper"), default="small", help="size of the models (default: %(default)s)")
     parser.add_argument("--test", type=int, metavar="COUNT", help="test images (default: about a minute's)")
+    parser.add_argument("--cupy", action="store_true", help=CUPY)
     chosen = parser.parse_args()
     dataset = chosen.dataset or ("mnist" if chosen.data else "digits")
     scale = "smoke" if chosen.smoke else chosen.scale
@@ -157,7 +158,7 @@ def main() -> None:
     if chosen.test is not None and chosen.test < 1:
         parser.error(f"argument --test: expected at least one image, got {chosen.test}")
     require_extras("safetensors", "tqdm", "matplotlib", *(["sklearn"] if dataset == "digits" else []))
-    images = images_load(dataset, chosen.data)
+    xp, images = library(chosen.cupy), images_load(dataset, chosen.data)
     tested = min(chosen.test or (4 if chosen.smoke else TESTED[dataset]), len(images.test))
     test, N = images.test[np.arange(tested) * len(images.test) // tested], images.test.shape[1]
     print(f"{dataset}{'' if chosen.data else ' (of scikit-learn, since there is no --data)'}: {N:,} values of {images.levels} levels; "
@@ -169,8 +170,8 @@ def main() -> None:
         config = Config(images.levels + 1, N, width, heads, layers, 4 * width, attention=system, outputs=3 * LOGISTICS)
         path, init = name(system, ".safetensors"), lambda config=config: transformer_init(np.random.default_rng(chosen.seed), config)
         some = lambda updates, config=config: image_task(images.train, config, {**plan, "updates": updates})
-        task = some(4) if chosen.smoke else task_for_budget(path, some, init, 60 * chosen.minutes, range(3))
-        state, updates = training_open(path, task, init), task.plan["updates"]
+        task = some(4) if chosen.smoke else task_for_budget(path, some, init, 60 * chosen.minutes, range(3), xp)
+        state, updates = training_open(path, task, init, xp), task.plan["updates"]
         print(f"{system}: {sum(x.size for x in state.params.values()):,} weights, from update {state.update:,} of {updates:,}", flush=True)
         every = max(updates // 200, 1)
         state = train(path, task, state, updates=updates, loss=lambda nats: f"{bits(nats):.3f} bits/dim",
@@ -179,7 +180,7 @@ def main() -> None:
                                              **image_test(state.params, config, test, size), "test images": tested,
                                              "paper": PAPER.get(dataset, {}).get(system), "history": state.history})
         if not system.startswith("lsh"):
-            draw(name(system), state.params, config, images, np.random.default_rng([chosen.seed, 2]), 1 if chosen.smoke else ROWS[dataset])
+            draw(name(system), moved(np, state.params), config, images, np.random.default_rng([chosen.seed, 2]), 1 if chosen.smoke else ROWS[dataset])
             print(f"   pictures: {name(system)}-drawn.png, {name(system)}-completed.png", flush=True)
     results = {system: r for system in SYSTEMS if (r := results_load(name(system, ".json")))}
     figure(os.path.join(chosen.out, f"{dataset}-{scale}.png"), results)

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refattn.experiment import (Params, Row, Task, arguments, curves_draw, epoch_part, figure_save, require_extras, results_load, results_save,
-                                task_for_budget, train, training_open, update_seconds)
+from refattn.experiment import (CUPY, Params, Row, Task, arguments, curves_draw, epoch_part, figure_save, library, like, require_extras,
+                                results_load, results_save, task_for_budget, train, training_open, update_seconds)
 from refattn.layers import affine_backward, affine_forward
 from refattn.losses import ctc_backward, ctc_beam_decode, ctc_forward, ctc_greedy_decode, phoneme_error_rate
 from refattn.lstm import bilstm_backward, bilstm_forward, bilstm_init
@@ -157,8 +157,8 @@ def bilstm(features: int, hidden: int, layers: int, symbols: int) -> Model:
 def read(params: Params, model: Model, x: np.ndarray, lengths: np.ndarray, labels: np.ndarray, counts: np.ndarray,
          rng: np.random.Generator) -> tuple[Any, Any, np.ndarray, Any]:
     """Loss in nats a phoneme and what its backward needs, logits and what theirs needs."""
-    logits, residuals = model.forward(params, x, lengths, rng)
-    loss, r_loss = ctc_forward(logits, labels, frame_lengths=lengths, target_lengths=counts)
+    logits, residuals = model.forward(params, like(params, x), lengths, rng)
+    loss, r_loss = ctc_forward(logits, like(params, labels), frame_lengths=lengths, target_lengths=counts)
     per_phoneme = len(counts) / counts.sum()
     return loss * per_phoneme, (per_phoneme, r_loss), logits, residuals
 
@@ -218,10 +218,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, metavar="E", help="so many instead of --minutes")
     parser.add_argument("--system", choices=SYSTEMS, action="append", help="train this one; may be repeated (default: all, one after another)")
     parser.add_argument("--scale", choices=("small", "paper"), default="small", help="size of the models (default: %(default)s)")
+    parser.add_argument("--cupy", action="store_true", help=CUPY)
     chosen = parser.parse_args()
     if chosen.epochs is not None and chosen.epochs < 1:
         parser.error(f"argument --epochs: expected a positive number of epochs, got {chosen.epochs}")
     require_extras("safetensors", "tqdm", "matplotlib")
+    xp = library(chosen.cupy)
     phoneme_error_rate([[1]], [[1]])                                             # says that rapidfuzz is missing now, not after an epoch
     scale, epochs = ("smoke", 2) if chosen.smoke else (chosen.scale, chosen.epochs)
     corpus = corpus_load(chosen.data, chosen.corpus) if chosen.data else corpus_made_up(40 if chosen.smoke else 1000)
@@ -240,8 +242,8 @@ def main() -> None:
         test = lambda params, system=system, **decoders: speech_test(params, system, scale, corpus, greedy=ctc_greedy_decode, **decoders)
         if not epochs and not os.path.exists(path):
             print(f"{system}: an epoch is timed", flush=True)
-        task = some(epochs * per_epoch) if epochs else task_for_budget(path, some, init, 60 * chosen.minutes, range(per_epoch))
-        state = training_open(path, task, init)
+        task = some(epochs * per_epoch) if epochs else task_for_budget(path, some, init, 60 * chosen.minutes, range(per_epoch), xp)
+        state = training_open(path, task, init, xp)
         weights = sum(x.size for x in state.params.values())
         print(f"{system}: {weights:,} weights, from update {state.update} of {task.plan['updates']}, {per_epoch} an epoch", flush=True)
         end = task.plan["updates"]

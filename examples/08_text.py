@@ -26,11 +26,15 @@ from typing import Any
 import numpy as np
 
 from refattn.experiment import (
+    CUPY,
     Params,
     Row,
     Task,
     arguments,
     figure_save,
+    library,
+    like,
+    moved,
     peak_bytes,
     require_extras,
     results_load,
@@ -92,8 +96,9 @@ def text_task(system: str, scale: str, seed: int, text: str) -> tuple[Task, Conf
         return learnt[start[:, None] + np.arange(length + 1)]
 
     def loss_and_grads(params: Params, batch: np.ndarray) -> tuple[float, Params]:
-        logits, residuals = transformer_forward(params, batch[:, :-1], config)
-        loss, r_loss = cross_entropy_forward(logits, batch[:, 1:])
+        read, told = like(params, (batch[:, :-1], batch[:, 1:]))
+        logits, residuals = transformer_forward(params, read, config)
+        loss, r_loss = cross_entropy_forward(logits, told)
         return float(loss), transformer_backward(cross_entropy_backward(1.0, r_loss), residuals)
 
     def optimize(params: Params, grads: Params, slots: AdamSlots, update: int) -> tuple[Params, AdamSlots]:
@@ -114,7 +119,7 @@ def held_out_bits(params: Params, config: Config, tokens: np.ndarray, *, behind:
     starts = starts[::-(-len(starts) // (most or len(starts)))]
     nats = 0.0
     for part in np.array_split(starts, -(-len(starts) // 32)):
-        window = tokens[part[:, None] + np.arange(config.length + 1)]
+        window = like(params, tokens[part[:, None] + np.arange(config.length + 1)])
         logits, _ = transformer_prefill(params, window[:, :-1], config)
         nats += float(cross_entropy_forward(logits[:, behind - 1:], window[:, behind:])[0]) * len(part)
     return float(bits(nats / len(starts)))
@@ -240,20 +245,21 @@ def main() -> None:
     parser.add_argument("--scale", choices=("small", "large"), default="small", help="size of the models (default: %(default)s)")
     parser.add_argument("--characters", type=int, default=100_000, metavar="N", help="how many to draw (default: %(default)s)")
     parser.add_argument("--draw", choices=DRAWN, help="draw from the checkpoint in this very process, and print what it took as JSON")
+    parser.add_argument("--cupy", action="store_true", help=CUPY)
     chosen = parser.parse_args()
     scale = "smoke" if chosen.smoke else chosen.scale
     length = SCALES[scale][3]
     if chosen.characters < 10 * length:
         parser.error(f"--characters: expected at least {10 * length}, got {chosen.characters}")
     require_extras("safetensors", "tqdm", "matplotlib")
-    text = text_read(chosen.data, chosen.seed, scale)
+    xp, text = library(chosen.cupy and not chosen.draw), text_read(chosen.data, chosen.seed, scale)      # drawn on the host
     name = lambda system, ending: os.path.join(chosen.out, f"{scale}-{system}{ending}")
     budget: dict[str, float] = {"updates": 2 * EVERY} if chosen.smoke else {"seconds": 60 * chosen.minutes}
 
     def opened(system: str) -> tuple[Any, ...]:
         task, config, held_out = text_task(system, scale, chosen.seed, text)
         return task, config, held_out, training_open(name(system, ".safetensors"), task,
-                                                     lambda: transformer_init(np.random.default_rng(chosen.seed), config))
+                                                     lambda: transformer_init(np.random.default_rng(chosen.seed), config), xp)
 
     if chosen.draw:
         task, config, held_out, state = opened("softmax" if chosen.draw == "softmax" else "linear")
@@ -278,7 +284,7 @@ def main() -> None:
                 words[how] = known_words(file.read(), learnt)
         results_save(name(system, ".json"), {
             "plan": task.plan, "updates": state.update, "seconds": state.seconds, "loss": state.loss, "characters": chosen.characters,
-            **judged(state.params, config, held_out), "drawn": drawn, "known words": words, "history": state.history})
+            **judged(moved(np, state.params), config, held_out), "drawn": drawn, "known words": words, "history": state.history})
     results = {system: r for system in SYSTEMS if (r := results_load(name(system, ".json")))}
     figure_bits(os.path.join(chosen.out, f"{scale}-bits.png"), results)
     figure_drawing(os.path.join(chosen.out, f"{scale}-drawing.png"), results)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._array import missing_extra
+from ._array import missing_extra, namespace, on_host
 from .checkpoint import checkpoint_load, checkpoint_save, replace_file
 from .optim import AdamSlots, adam_init
 
@@ -32,6 +32,7 @@ Row = dict[str, float]
 
 CHECKPOINT_SECONDS = 60.0
 BUDGET = "training budget in minutes of processor time, of which two busy cores use up two a minute"
+CUPY = "train with CuPy arrays, on a GPU; the budget then counts the processor's waiting for it"
 LOSS_MEMORY = 0.95                # the loss that is shown is a running mean of about the last 20
 
 
@@ -75,6 +76,27 @@ def train_step(state: Training, task: Task) -> Training:
     return state._replace(params=params, slots=slots, update=state.update + 1, loss=mean)
 
 
+def moved(xp: Any, x: Any) -> Any:
+    """x with the arrays of xp, NumPy or CuPy, in place of all NumPy and CuPy arrays in it, in tuples and dicts too; the rest as it is.
+
+    >>> moved(np, {"a": (np.ones(1), 2.0)})
+    {'a': (array([1.]), 2.0)}
+    """
+    if isinstance(x, dict):
+        return {name: moved(xp, part) for name, part in x.items()}
+    if isinstance(x, tuple):
+        parts = [moved(xp, part) for part in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+    if not hasattr(x, "shape") or isinstance(x, np.generic):
+        return x
+    return on_host(x) if xp is np else xp.asarray(x)
+
+
+def like(params: Params, x: Any) -> Any:
+    """x moved to where the parameters are."""
+    return moved(namespace(params=next(iter(params.values()))), x)
+
+
 def epoch_part(update: int, size: int, count: int, seed: int, lengths: np.ndarray | None = None) -> np.ndarray:
     """Which `size` of `count` examples update i takes: each has its turn once an epoch, in an order of the epoch's own; the few that are left
     over have theirs in another. With `lengths` (count,), the examples of an update are about equally long, and so need little padding: they
@@ -102,7 +124,7 @@ def epoch_part(update: int, size: int, count: int, seed: int, lengths: np.ndarra
 def training_save(path: str | os.PathLike[str], state: Training, task: Task) -> None:
     """One file, replaced whole: every array by name, the rest as its record."""
     parts = {"params": state.params, "mean": state.slots.mean, "square": state.slots.square}
-    arrays = {f"{part}/{name}": x for part, named in parts.items() for name, x in named.items()}
+    arrays = {f"{part}/{name}": on_host(x) for part, named in parts.items() for name, x in named.items()}
     record = {"plan": task.plan, "steps": state.slots.steps, "update": state.update, "loss": state.loss, "seconds": state.seconds,
               "history": state.history}
     checkpoint_save(path, arrays, record)
@@ -120,10 +142,10 @@ def training_load(path: str | os.PathLike[str], task: Task) -> Training:
                     record["seconds"], tuple(record["history"]))
 
 
-def training_open(path: str | os.PathLike[str], task: Task, init: Callable[[], Params]) -> Training:
-    """The training in `path` if there is one, else a new one from `init()`; makes the folder."""
+def training_open(path: str | os.PathLike[str], task: Task, init: Callable[[], Params], xp: Any = np) -> Training:
+    """The training in `path` if there is one, else a new one from `init()`, with arrays of xp; makes the folder."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    return training_load(path, task) if os.path.exists(path) else training_init(init())
+    return moved(xp, training_load(path, task) if os.path.exists(path) else training_init(init()))       # type: ignore[no-any-return]
 
 
 def check_plan(path: str | os.PathLike[str], theirs: Mapping[str, Any], ours: Mapping[str, Any], *, what: str) -> None:
@@ -218,7 +240,7 @@ def update_seconds(state: Training, task: Task, updates: Sequence[int]) -> tuple
 
 
 def task_for_budget(path: str | os.PathLike[str], task: Callable[[int], Task], init: Callable[[], Params], seconds: float,
-                    updates: Sequence[int]) -> Task:
+                    updates: Sequence[int], xp: Any = np) -> Task:
     """`task(n)` with as many updates n as so many seconds of processor time are worth, by the mean cost of those numbered `updates`.
 
     n has to stand in the plan, under "updates". It is measured once: a training in `path` has its own already, and a new one is saved there
@@ -226,7 +248,7 @@ def task_for_budget(path: str | os.PathLike[str], task: Callable[[int], Task], i
     """
     if os.path.exists(path):
         return task(checkpoint_load(path)[1].get("plan", {}).get("updates", 1))
-    state = training_init(init())
+    state = moved(xp, training_init(init()))
     planned = task(max(round(seconds / update_seconds(state, task(max(updates) + 1), updates)[1]), 1))
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     training_save(path, state, planned)
@@ -279,6 +301,16 @@ def arguments(doc: str | None, *, out: str, minutes: float, prog: str | None = N
     parser.add_argument("--seed", type=_seed, default=0, metavar="S", help="of all that is drawn at random (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and a few updates, to see that everything runs: takes seconds")
     return parser
+
+
+def library(cupy: bool) -> Any:
+    """The arrays to train with: NumPy's, or CuPy's. ImportError that says what to install."""
+    if not cupy:
+        return np
+    if importlib.util.find_spec("cupy") is None:
+        raise missing_extra("CuPy", "cuda13x")
+    import cupy as cp
+    return cp
 
 
 def results_save(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:

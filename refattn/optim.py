@@ -332,7 +332,7 @@ def _moved(theta: Array, move: Array, shrink: float) -> Array:
 
 def _norm(g: Array) -> float:
     wide = g.astype(namespace(grads=g).float64)
-    largest = float(abs(wide).max(initial=0.0))
+    largest = float(abs(wide).max()) if wide.size else 0.0
     if largest == 0 or not math.isfinite(largest):
         return largest
     wide /= largest

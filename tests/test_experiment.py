@@ -5,6 +5,8 @@ import io
 import json
 import math
 import os
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from refattn import experiment
 from refattn.experiment import Task, Training
 from refattn.losses import cross_entropy_backward, cross_entropy_forward
 from refattn.optim import clip_by_global_norm, radam_step
+from refattn.testing.budgets import gamma
 from refattn.transformer import Config, transformer_backward, transformer_forward, transformer_init
 
 CONFIG = Config(vocabulary=5, length=6, width=4, heads=2, layers=1, feed_forward=6, attention="lsh-2")
@@ -379,3 +382,65 @@ def test_a_missing_extra_is_named_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"this needs {module}, which is not installed; install it with: pip install 'refattn\[demo\]'"):
         experiment.train(tmp_path / "x", tiny_task(), begin(), updates=1)
+
+
+def of_example(script: str, system: str) -> tuple[Task, Any]:
+    """A tiny task of one of the numbered experiments, and parameters in float64."""
+    of, rng = runpy.run_path(str(Path(__file__).parent.parent / "examples" / script)), np.random.default_rng(0)
+    if script == "06_speech.py":
+        corpus = of["corpus_made_up"](40)
+        corpus = corpus._replace(frames=[x.astype(np.float64) for x in corpus.frames])
+        task, params = of["speech_task"](system, "smoke", corpus, {"seed": 3}, 8), of["model_of"](system, "smoke", corpus.phonemes + 1).init(rng)
+    else:
+        if script == "04_copy_task.py":
+            task, config = of["copy_task"](system, "smoke", 0)
+        elif script == "05_images.py":
+            config = Config(18, 9, 8, 2, 1, 16, attention=system, outputs=30)
+            plan = {"scale": "small", "seed": 3, "batch": 4, "rate": 1e-2, "updates": 8}
+            task = of["image_task"](rng.integers(0, 17, (8, 9), np.uint8), config, plan)
+        else:
+            task, config, _ = of["text_task"](system, "smoke", 0, "abc, ca bb. " * 40)
+        params = transformer_init(rng, config)
+    return task, {name: x.astype(np.float64) for name, x in params.items()}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator compiles kernels with g++, which is not installed")
+@pytest.mark.parametrize(("script", "system"), [("04_copy_task.py", "linear"), ("04_copy_task.py", "softmax"), ("05_images.py", "linear"),
+                                                ("06_speech.py", "linear"), ("06_speech.py", "bilstm"), ("08_text.py", "linear")])
+def test_the_experiments_train_with_cupy_arrays_too(script: str, system: str, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    from refattn.simt import cupy
+
+    task, params = of_example(script, system)
+    there = experiment.training_open(tmp_path / "x", task, lambda: params, cupy)
+    (loss, grads), (loss_there, grads_there) = (task.loss_and_grads(p, task.batch(0)) for p in (params, there.params))
+    size, bound = max(np.abs(g).max() for g in grads.values()), gamma(4096, "float64")
+    assert abs(loss - loss_there) <= bound * abs(loss)
+    for name, g in grads.items():
+        assert np.abs(grads_there[name].get() - g).max() <= bound * size
+    # what is saved is what is gone on with, on a device or without one
+    experiment.training_save(tmp_path / "x", state := experiment.train_step(there, task), task)
+    for xp in (np, cupy):
+        again = experiment.training_open(tmp_path / "x", task, lambda: params, xp)
+        for part in ("params", "slots"):
+            ours, theirs = (experiment.moved(np, getattr(s, part)) for s in (state, again))
+            for one, other in ((ours, theirs),) if part == "params" else zip(ours[1:], theirs[1:], strict=True):
+                assert all((one[name] == other[name]).all() for name in params)
+        assert all(type(x) is type(xp.zeros(1)) for x in again.params.values()) and again.slots.steps == again.update == 1
+
+
+def test_moving_arrays_leaves_the_rest() -> None:
+    from refattn.simt import cupy
+
+    x = Training({"w": np.ones(2)}, experiment.adam_init({"w": np.ones(2)}), 3, 0.5, 1.5, ({"loss": 0.5},))
+    there = experiment.moved(cupy, x)
+    assert type(there) is Training and there[2:] == x[2:] and type(there.slots.mean["w"]) is type(cupy.zeros(1))
+    rng, back = np.random.default_rng(0), experiment.moved(np, (there, "name", None, np.float32(1)))
+    assert experiment.moved(np, back[0].params["w"]).tolist() == [1, 1] and back[1:] == ("name", None, 1) and experiment.moved(cupy, rng) is rng
+
+
+def test_cupy_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert experiment.library(False) is np
+    monkeypatch.setattr(experiment.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"this needs CuPy, which is not installed; install it with: pip install 'refattn\[cuda13x\]'"):
+        experiment.library(True)
