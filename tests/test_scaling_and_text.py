@@ -195,12 +195,13 @@ def test_bits_are_those_of_every_character_that_counts_once(behind: int) -> None
     expected = np.mean([missing(*pair) for pair in scored])
     # V exponentials, a logarithm, and sums of them all; none of the terms is larger than log2 V + 2/ln 2
     allowed = budgets.gamma(4 * V + len(scored), np.float64) * 6
-    assert abs(of["held_out_bits"]({"w": np.ones(1)}, config, tokens, behind=behind) - expected) <= allowed
+    weights = {"w": np.ones(1)}
+    assert abs(of["held_out_bits"](weights, config, tokens, behind=behind) - expected) <= allowed
     some = [pair for i, pair in enumerate(scored) if i // (L + 1 - behind) % 3 == 0]
     count = len(scored) // (L + 1 - behind)
-    assert abs(of["held_out_bits"]({"w": np.ones(1)}, config, tokens, behind=behind, most=-(-count // 3)) - np.mean([missing(*pair) for pair in some])) <= allowed
+    assert abs(of["held_out_bits"](weights, config, tokens, behind=behind, most=-(-count // 3)) - np.mean([missing(*pair) for pair in some])) <= allowed
     # along sequences of 100: 16 characters, 16 more, 32 more, 36 more
-    along = of["bits_along"]({"w": np.ones(1)}, config, tokens, 100)
+    along = of["bits_along"](weights, config, tokens, 100)
     assert [end for end, _ in along] == [16, 32, 64, 100]
     for begin, (end, value) in zip((0, 16, 32, 64), along, strict=True):
         terms = [missing(start, start + j) for start in range(0, 600, 100) for j in range(begin + 1, end + 1)]
