@@ -7,20 +7,24 @@ All have 8 heads of 32, a feed-forward of 1,024 and ten logistics for each pixel
     softmax, lsh-R       nothing is kept: for each pixel all those before are read again, as the paper's tables have it
 
 An image is the sum over its pixels. Where the time depends on the pixel it is measured at three of them, the points of Gauss's rule, whose
-weighted sum is exact for polynomials up to degree five; these times are one of degree two. Each system has the batch, out of several, that is
-best for it. Where `pytorch-fast-transformers` is installed, its recurrent model takes turns with ours, which reads tokens and gives mixtures,
-while theirs is measured without either.
+weighted sum is exact for polynomials up to degree five; these times are one of degree two. Images are independent, so that each core draws its
+own: as many processes as cores, each with one thread, at the same time. Each system has the batch, out of several, that is best for it.
+
+Where `pytorch-fast-transformers` is installed, a step of its recurrent model takes turns with ours, both on all cores; ours reads tokens and
+gives mixtures, while theirs is measured without either. The activation is relu, the default there.
 
 Beside the ratio of times stands that of flops: what is arithmetic, and what is left is efficiency.
 """
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -28,7 +32,7 @@ import numpy as np
 
 from refattn._blocks import cores
 from refattn.bench import installed_peers, medians, processor
-from refattn.experiment import figure_save, require_extras, results_save
+from refattn.experiment import figure_save, require_extras, results_save, run_apart
 from refattn.transformer import Config, transformer_forward, transformer_init, transformer_prefill, transformer_step, transformer_step_init
 
 # pixels and layers; and the paper's images a second on a GPU (tables 1 and 2)
@@ -36,11 +40,13 @@ SIZES = {"mnist": (784, 8), "cifar10": (3072, 16)}
 PAPER = {"mnist": {"softmax": 0.45, "lsh-1": 0.68, "lsh-4": 0.27, "linear": 142.8},
          "cifar10": {"softmax": 0.004, "lsh-1": 0.015, "lsh-4": 0.005, "linear": 17.85}}
 GAUSS = [((1 - math.sqrt(0.6)) / 2, 5 / 18), (0.5, 8 / 18), ((1 + math.sqrt(0.6)) / 2, 5 / 18)]
-NUMBERS = 2**27                   # in the caches of a batch: half a gigabyte, of which a larger batch would need more
+NUMBERS = 2**27                   # in the caches of a process: half a gigabyte; a batch that would need more is left out
+BATCHES = {"linear": (1, 16, 64, 128, 192, 256), "softmax": (1, 2, 4, 8, 16), "lsh-1": (1, 2), "lsh-4": (1, 2)}
 
 
 def model(pixels: int, layers: int, attention: str, heads: int = 8, size: int = 32) -> tuple[Any, Config]:
-    config = Config(257, pixels, heads * size, heads, layers, 4 * heads * size, attention=attention, outputs=30)
+    config = Config(257, pixels, heads * size, heads, layers, 4 * heads * size, attention=attention, activation="relu",
+                    outputs=30)
     return transformer_init(np.random.default_rng(0), config), config
 
 
@@ -50,35 +56,32 @@ def seconds_of(f: Callable[[], Any], least: float) -> float:
     return medians({"f": f}, least)["f"]
 
 
-def linear(pixels: int, layers: int, batches: list[int], least: float) -> Iterator[tuple[int, float]]:
-    """(batch, seconds of an image)."""
-    params, config = model(pixels, layers, "linear")
-    for batch in batches:
+def point(system: str, pixels: int, layers: int, batch: int, least: float) -> dict[str, float]:
+    """Seconds that an image takes in this process, which draws `batch` at once. Reading a prefix anew is what softmax does where nothing is kept,
+    and what makes the cache that a step is timed with."""
+    params, config = model(pixels, layers, system)
+    if system == "linear":
         state = transformer_step(params, np.zeros(batch, int), transformer_step_init(config, batch), config)[1]
-        yield batch, pixels * seconds_of(partial(transformer_step, params, np.zeros(batch, int), state, config), least) / batch
-
-
-def softmax(pixels: int, layers: int, batches: list[int], least: float) -> Iterator[tuple[int, float, float]]:
-    """(batch, seconds of an image recomputed, seconds with a cache): reading a prefix anew is what makes the cache that a step is timed with."""
-    params, config = model(pixels, layers, "softmax")
-    for batch in batches:
-        if 2 * batch * pixels * layers * 2 * config.width > NUMBERS:
-            return
-        recomputed = cached = 0.0
-        for point, weight in GAUSS:
-            tokens = np.zeros((batch, round(point * pixels)), int)
-            recomputed += weight * seconds_of(partial(transformer_prefill, params, tokens, config), least)
+        return {system: pixels * seconds_of(partial(transformer_step, params, np.zeros(batch, int), state, config), least) / batch}
+    found = dict.fromkeys(("softmax", "stateful softmax") if system == "softmax" else (system,), 0.0)
+    for at, weight in GAUSS:
+        tokens = np.zeros((batch, round(at * pixels)), int)
+        if system == "softmax":
             state = transformer_prefill(params, tokens, config)[1]
-            cached += weight * seconds_of(partial(transformer_step, params, tokens[:, 0], state, config), least)
-        yield batch, pixels * recomputed / batch, pixels * cached / batch
+            taken = [seconds_of(partial(transformer_prefill, params, tokens, config), least),
+                     seconds_of(partial(transformer_step, params, tokens[:, 0], state, config), least)]
+        else:
+            taken = [seconds_of(lambda tokens=tokens: transformer_forward(params, tokens, config, rng=np.random.default_rng(0)), least)]
+        for name, seconds in zip(found, taken, strict=True):
+            found[name] += weight * pixels * seconds / batch
+    return found
 
 
-def lsh(rounds: int, pixels: int, layers: int, batches: list[int], least: float) -> Iterator[tuple[int, float]]:
-    params, config = model(pixels, layers, f"lsh-{rounds}")
-    for batch in batches:
-        tokens = [(weight, np.zeros((batch, round(point * pixels)), int)) for point, weight in GAUSS]
-        yield batch, pixels / batch * sum(weight * seconds_of(lambda read=read: transformer_forward(
-            params, read, config, rng=np.random.default_rng(0)), least) for weight, read in tokens)
+def on_all_cores(*arguments: str) -> dict[str, float]:
+    """`point` in as many processes as cores at the same time: seconds from one image to the next."""
+    with ThreadPoolExecutor(cores()) as pool:
+        found = list(pool.map(lambda _: run_apart(__file__, "--point", *arguments), range(cores())))
+    return {name: 1 / sum(1 / f[name] for f in found) for name in found[0]}
 
 
 def flops_ratio(pixels: int, layers: int, width: int = 256, heads: int = 8) -> float:
@@ -93,7 +96,7 @@ def theirs(pixels: int, layers: int, batches: list[int], least: float) -> list[d
     torch = installed_peers()["torch"]
     from fast_transformers.builders import RecurrentEncoderBuilder
     encoder = RecurrentEncoderBuilder.from_kwargs(attention_type="linear", n_layers=layers, n_heads=8, query_dimensions=32, value_dimensions=32,
-                                                  feed_forward_dimensions=1024, activation="gelu").get().eval()
+                                                  feed_forward_dimensions=1024, activation="relu").get().eval()
     params, config = model(pixels, layers, "linear")
     rows = []
     for batch in batches:
@@ -111,35 +114,33 @@ def theirs(pixels: int, layers: int, batches: list[int], least: float) -> list[d
     return rows
 
 
+def sizes(dataset: str, smoke: bool) -> tuple[int, int, float]:
+    """Pixels, layers, and the least time that is spent on a figure."""
+    return (12, 2, 0.0) if smoke else (*SIZES[dataset], 1.0)
+
+
 def measure(dataset: str, smoke: bool) -> dict[str, Any]:
-    pixels, layers = (12, 2) if smoke else SIZES[dataset]
-    least, few, many = (0.0, [1, 2], [1, 2]) if smoke else (1.0, [1, 2, 4, 8, 16], [1, 16, 64, 96, 128, 192, 256])
+    pixels, layers, least = sizes(dataset, smoke)
     found: dict[str, dict[str, Any]] = {}
-
-    def keep(system: str, batch: int, seconds: float) -> None:
-        print(f"   {dataset} {system}: {batch} at once, {seconds:.3g} s an image", file=sys.stderr, flush=True)
-        if system not in found or seconds < found[system]["seconds"]:
-            found[system] = {"batch": batch, "seconds": seconds}
-
-    for batch, seconds in linear(pixels, layers, many, least):
-        keep("linear", batch, seconds)
-    for batch, recomputed, cached in softmax(pixels, layers, few, least):
-        keep("softmax", batch, recomputed)
-        keep("stateful softmax", batch, cached)
-    for rounds in (1, 4):
-        for batch, seconds in lsh(rounds, pixels, layers, few[:1 if dataset == "cifar10" else 3], least):
-            keep(f"lsh-{rounds}", batch, seconds)
-    return {"pixels": pixels, "layers": layers, "flops ratio": flops_ratio(pixels, layers), "systems": found,
+    for system, batches in BATCHES.items():
+        for batch in batches[:2] if smoke else batches:
+            if system == "softmax" and 2 * batch * pixels * layers * 2 * 256 > NUMBERS:
+                continue
+            for name, seconds in on_all_cores(dataset, system, str(batch), *(["--smoke"] if smoke else [])).items():
+                print(f"   {dataset} {name}: {batch} at once on each core, {seconds:.3g} s an image", file=sys.stderr, flush=True)
+                if name not in found or seconds < found[name]["seconds"]:
+                    found[name] = {"batch": batch, "seconds": seconds}
+    return {"pixels": pixels, "layers": layers, "cores": cores(), "flops ratio": flops_ratio(pixels, layers), "systems": found,
             "steps": theirs(pixels, layers, [1, 64], 2 * least) if "fast_transformers" in installed_peers() else []}
 
 
 def table(dataset: str, of: dict[str, Any]) -> str:
     paper, systems = PAPER[dataset], of["systems"]
     lines = [f"{dataset}: {of['pixels']:,} pixels, {of['layers']} layers; recomputed softmax has {of['flops ratio']:,.0f} times the flops of linear",
-             f"{'':<18} {'at once':>8} {'s an image':>11} {'images/s':>10} {'× softmax':>10} {'paper, GPU':>11} {'× softmax':>10}"]
+             f"{'':<18} {'at once':>9} {'s an image':>11} {'images/s':>10} {'× softmax':>10} {'paper, GPU':>11} {'× softmax':>10}"]
     for system in ("softmax", "stateful softmax", "lsh-1", "lsh-4", "linear"):
-        batch, seconds = systems[system]["batch"], systems[system]["seconds"]
-        lines.append(f"{system:<18} {batch:>8} {seconds:>11.3g} {1 / seconds:>10.3g} {systems['softmax']['seconds'] / seconds:>10.3g} "
+        batch, seconds = f"{of['cores']} × {systems[system]['batch']}", systems[system]["seconds"]
+        lines.append(f"{system:<18} {batch:>9} {seconds:>11.3g} {1 / seconds:>10.3g} {systems['softmax']['seconds'] / seconds:>10.3g} "
                      + (f"{paper[system]:>11.3g} {paper[system] / paper['softmax']:>10.0f}" if system in paper else f"{'–':>11} {'–':>10}"))
     for row in of["steps"]:
         lines.append(f"a step of {row['batch']:>2}: {row['ours'] * 1e3:.2f} ms; the authors' recurrent model {row['theirs'] * 1e3:.2f} ms, "
@@ -166,8 +167,15 @@ def main() -> None:
                         help="where results and figure go (default: %(default)s)")
     parser.add_argument("--dataset", choices=tuple(SIZES), action="append", help="this one only; may be repeated (default: both)")
     parser.add_argument("--smoke", action="store_true", help="tiny models, to see that everything runs: takes seconds")
+    parser.add_argument("--point", nargs=3, metavar=("DATASET", "SYSTEM", "BATCH"), help="measure this in this very process, and print it as JSON")
     chosen = parser.parse_args()
+    if chosen.point:
+        dataset, system, batch = chosen.point
+        pixels, layers, least = sizes(dataset, chosen.smoke)
+        print(json.dumps(point(system, pixels, layers, int(batch), least)))
+        return
     require_extras("matplotlib")
+    os.environ |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1")     # of the processes that measure
     os.makedirs(chosen.out, exist_ok=True)
     print(f"{processor()}, {cores()} cores, NumPy {np.__version__}, float32, {time.strftime('%Y-%m-%d')}")
     results = {dataset: measure(dataset, chosen.smoke) for dataset in chosen.dataset or SIZES}
