@@ -32,8 +32,9 @@ import numpy as np
 
 from refattn._blocks import cores
 from refattn.bench import installed_peers, medians, processor
+from refattn.decoding import decoding_step
 from refattn.experiment import figure_save, require_extras, results_save, run_apart
-from refattn.transformer import Config, transformer_forward, transformer_init, transformer_prefill, transformer_step, transformer_step_init
+from refattn.transformer import Config, transformer_forward, transformer_init, transformer_prefill, transformer_step_init
 
 # pixels and layers; and the paper's images a second on a GPU (tables 1 and 2)
 SIZES = {"mnist": (784, 8), "cifar10": (3072, 16)}
@@ -46,15 +47,15 @@ BATCHES = {"linear": (1, 16, 64, 128, 192, 256), "softmax": (1, 2, 4, 8, 16), "l
 
 def model(pixels: int, layers: int, attention: str, heads: int = 8, size: int = 32) -> tuple[Any, Config]:
     config = Config(257, pixels, heads * size, heads, layers, 4 * heads * size, attention=attention, activation="relu",
-                    outputs=30)
+                    positions="sinusoidal", outputs=30)                          # so that a step may be timed for longer than an image
     return transformer_init(np.random.default_rng(0), config), config
 
 
-def seconds_of(f: Callable[[], Any], least: float) -> float:
-    """The median of as many runs as take `least` seconds together, after one that is not counted."""
+def seconds_of(f: Callable[[], Any], least: float, most: float = math.inf) -> float:
+    """The median of as many runs as take `least` seconds together, at most `most`, after one that is not counted."""
     f()
     times: list[float] = []
-    while not times or sum(times) < least:
+    while not times or sum(times) < least and len(times) < most:
         start = time.perf_counter()
         f()
         times.append(time.perf_counter() - start)
@@ -66,15 +67,15 @@ def point(system: str, pixels: int, layers: int, batch: int, least: float) -> di
     and what makes the cache that a step is timed with."""
     params, config = model(pixels, layers, system)
     if system == "linear":
-        state = transformer_step(params, np.zeros(batch, int), transformer_step_init(config, batch), config)[1]
-        return {system: pixels * seconds_of(partial(transformer_step, params, np.zeros(batch, int), state, config), least) / batch}
+        step = decoding_step(params, config, transformer_step_init(config, batch))
+        return {system: pixels * seconds_of(partial(step, np.zeros(batch, int)), least) / batch}
     found = dict.fromkeys(("softmax", "stateful softmax") if system == "softmax" else (system,), 0.0)
     for at, weight in GAUSS:
         tokens = np.zeros((batch, round(at * pixels)), int)
         if system == "softmax":
             state = transformer_prefill(params, tokens, config)[1]
             taken = [seconds_of(partial(transformer_prefill, params, tokens, config), least),
-                     seconds_of(partial(transformer_step, params, tokens[:, 0], state, config), least)]
+                     seconds_of(partial(decoding_step(params, config, state), tokens[:, 0]), least, most=16)]      # each one pixel further
         else:
             taken = [seconds_of(lambda tokens=tokens: transformer_forward(params, tokens, config, rng=np.random.default_rng(0)), least)]
         for name, seconds in zip(found, taken, strict=True):
@@ -106,7 +107,7 @@ def theirs(pixels: int, layers: int, batches: list[int], least: float) -> list[d
     rows = []
     for batch in batches:
         tokens, x = np.zeros(batch, int), torch.zeros(batch, config.width)
-        state = transformer_step(params, tokens, transformer_step_init(config, batch), config)[1]
+        step = decoding_step(params, config, transformer_step_init(config, batch))
         with torch.no_grad():
             _, memory = encoder(x)
 
@@ -114,7 +115,7 @@ def theirs(pixels: int, layers: int, batches: list[int], least: float) -> list[d
                 with torch.no_grad():
                     return encoder(x, state=memory)
 
-            t = medians({"ours": partial(transformer_step, params, tokens, state, config), "theirs": their_step}, least)
+            t = medians({"ours": partial(step, tokens), "theirs": their_step}, least)
         rows.append({"batch": batch, **t})
     return rows
 

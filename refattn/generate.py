@@ -14,8 +14,9 @@ import numpy as np
 
 from ._array import check_number
 from .attention_layer import attention_rounds
+from .decoding import decoding_step
 from .layers import Params
-from .transformer import Config, transformer_forward, transformer_prefill, transformer_step
+from .transformer import Config, transformer_forward, transformer_prefill
 
 
 class Draw(Protocol):
@@ -26,7 +27,7 @@ class Draw(Protocol):
 
 def generate(params: Params, config: Config, prompt: np.ndarray, count: int, rng: np.random.Generator, *,
              temperature: float = 1.0, draw: Draw | None = None) -> np.ndarray:
-    """Continue prompts by `count` tokens each: `transformer_prefill`, then `transformer_step`.
+    """Continue prompts by `count` tokens each: `transformer_prefill`, then `decoding_step`.
 
     Parameters
     ----------
@@ -101,10 +102,11 @@ def generate_stream(params: Params, config: Config, prompt: np.ndarray, rng: np.
     logits, state = transformer_prefill(params, prompt, config)
     logits_t = logits[:, -1]
     del logits                                      # of a long prompt they are much, and a stream may run long
+    step = decoding_step(params, config, state)
     while True:
         token = draw(logits_t, rng, temperature=temperature)
         yield token
-        logits_t, state = transformer_step(params, token, state, config)
+        logits_t = step(token)
 
 
 def generate_recomputed(params: Params, config: Config, prompt: np.ndarray, count: int, rng: np.random.Generator, *,

@@ -163,28 +163,31 @@ def test_09_images_per_second(capsys: pytest.CaptureFixture[str], tmp_path: Path
         counted = (24 * 256**2 * (N + 1) / 2 + 4 * 256 * (N + 1) * (2 * N + 1) / 6) / (24 * 256**2 + 4 * 256 * 32)
         assert abs(names["flops_ratio"](N, layers) / counted - 1) < 1e-12
     # an image is the sum over its pixels: with times of n² and of n for reading n, and of n for a step behind n
-    clock = {"transformer_prefill": lambda n: 3.0 * n**2 + n, "transformer_forward": lambda n: 5.0 * n, "transformer_step": lambda n: 2.0 * n}
-    at, taken, N, of = [0], [0.0], 200, names["point"].__globals__
+    at, taken, N, of = [7], [0.0], 200, names["point"].__globals__
 
-    def known(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    def known(real: Callable[..., Any], clock: Callable[[int], float]) -> Callable[..., Any]:
         def called(params: Any, tokens: np.ndarray, *rest: Any, **options: Any) -> Any:
-            at[0] = tokens.shape[1] if name != "transformer_step" else at[0]
-            taken[0] = clock[name](at[0])
+            at[0] = tokens.shape[1]
+            taken[0] = clock(at[0])
             return real(params, tokens, *rest, **options)
         return called
 
-    def seconds_of(f: Callable[[], Any], least: float) -> float:
+    def decoding_step(*arguments: Any) -> Callable[..., None]:
+        def step(tokens: np.ndarray) -> None:
+            taken[0] = 2.0 * at[0]
+        return step
+
+    def seconds_of(f: Callable[[], Any], least: float, most: float = 1) -> float:
         f()
         return taken[0]
 
-    monkeypatch.setitem(of, "seconds_of", seconds_of)
-    for name in clock:
-        monkeypatch.setitem(of, name, known(name, of[name]))
+    for name, value in {"transformer_prefill": known(of["transformer_prefill"], lambda n: 3.0 * n**2 + n), "decoding_step": decoding_step,
+                        "transformer_forward": known(of["transformer_forward"], lambda n: 5.0 * n), "seconds_of": seconds_of}.items():
+        monkeypatch.setitem(of, name, value)
+    assert names["point"]("linear", N, 1, 2, 0.0) == {"linear": N * 14.0 / 2}
     found = names["point"]("softmax", N, 1, 2, 0.0)
     assert abs(found["softmax"] - (N**3 + N**2 / 2) / 2) < 0.01 * N**3 / 2 and abs(found["stateful softmax"] - N**2 / 2) < 0.01 * N**2 / 2
     assert abs(names["point"]("lsh-1", N, 1, 2, 0.0)["lsh-1"] - 5 * N**2 / 2 / 2) < 0.01 * N**2
-    at[0] = 7
-    assert names["point"]("linear", N, 1, 2, 0.0) == {"linear": N * 14.0 / 2}
     # processes side by side: their rates add
     rates = iter([2.0, 6.0, 3.0])
     monkeypatch.setitem(of, "cores", lambda: 3)
