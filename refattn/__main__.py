@@ -1,4 +1,4 @@
-"""`python -m refattn demo`, `bench` and `simt`: the programs of the library. Each is imported only when it is asked for."""
+"""`python -m refattn demo`, `bench`, `check` and `simt`: the programs of the library. Each is imported only when it is asked for."""
 from __future__ import annotations
 
 import argparse
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "demo": "train a causal linear transformer on handwritten digits, let it draw, and time it",
     "bench": "time and memory of every form against the length of the sequence",
+    "check": "hold a kernel of your own, from any library, against the definition, and be shown the smallest case in which it differs",
     "simt": "run a CUDA kernel of your own on the CPU, and be shown its races, bad accesses and traffic",
 }
 

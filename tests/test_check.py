@@ -1,12 +1,16 @@
 """Laws of the checker: it finds every kernel that is wrong, and accuses none that is right."""
 from __future__ import annotations
 
+import json
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import refattn
+from refattn.__main__ import main
 from refattn.testing.broken import BROKEN, RIGHT, Broken
 from refattn.testing.check import Case, Report, case_code, check_kernel
 
@@ -138,6 +142,36 @@ def test_a_factor_widens_the_bounds_and_is_told() -> None:
 def test_options_that_are_not_understood_are_said(options: dict[str, object], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         check_kernel(RIGHT["linear"].forward, **options)
+
+
+def command(*arguments: str) -> int:
+    try:
+        return main(["check", *arguments])
+    except SystemExit as end:
+        return int(str(end.code))
+
+
+def test_the_command_judges_tells_and_says_what_it_does_not_understand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "kernels_of_a_test.py").write_text(
+        "import refattn\nfrom refattn.testing.broken import BROKEN, RIGHT\n"
+        "right, right_backward = RIGHT['gated'].forward, RIGHT['gated'].backward\nwrong = BROKEN['decay_clamped'].forward\nnumber = 3\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    name = "kernels_of_a_test"
+    assert command(f"{name}:right", "--backward", f"{name}:right_backward", "--rule", "gated", "--max-examples", "5") == 0
+    assert "passed in" in capsys.readouterr().out
+    assert command(f"{name}:wrong", "--rule", "gated", "--max-examples", "30", "--seed", "1", "--json", "report.json") == 1
+    printed, record = capsys.readouterr().out, json.loads((tmp_path / "report.json").read_text())
+    assert "FAILED" in printed and record["passed"] is False
+    assert record["failures"][0]["words"] in printed and record["failures"][0]["case"] in printed
+    for arguments, words in (([f"{name}:nothing"], "argument kernel: module 'kernels_of_a_test' has no attribute 'nothing'"),
+                             (["no_such_module_here:f"], "argument kernel: No module named 'no_such_module_here'"),
+                             ([name], "argument kernel: expected module:function, got 'kernels_of_a_test'"),
+                             ([f"{name}:number"], "argument kernel: expected a function, got int"),
+                             ([f"{name}:right", "--max-examples", "0"], "examples: expected an integer ≥ 1, got 0")):
+        assert command(*arguments) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_a_backward_of_too_few_gradients_is_told() -> None:
