@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import pytest
 import refattn
 from refattn.__main__ import main
 from refattn.testing.broken import BROKEN, RIGHT, Broken
-from refattn.testing.check import Case, Report, case_code, check_kernel
+from refattn.testing.check import PRESETS, Case, Report, case_code, check_kernel, jax_backward, torch_backward
 
 
 def checked(broken: Broken, **options: object) -> Report:
@@ -85,6 +86,49 @@ def test_other_conventions_are_described_by_arguments(rule: str) -> None:
     assert report.passed, str(report)
     for name, value in (("layout", "bhnd"), ("state_layout", "bhdm"), ("scale", 0.31), *([("decay_space", "log")] if "gated" in rule else [])):
         assert not checked(broken, examples=15, **{name: value}).passed, name
+
+
+def test_a_scale_may_depend_on_the_width() -> None:
+    def fn(q: np.ndarray, k: np.ndarray, v: np.ndarray, state: np.ndarray, power: float = -0.5) -> tuple[np.ndarray, np.ndarray]:
+        return refattn.recurrence(q, k, v, state=state, scale=q.shape[-1]**power)
+
+    report = check_kernel(fn, scale="1/sqrt(d)", examples=40)
+    assert report.passed, str(report)
+    assert not check_kernel(lambda *arrays: fn(*arrays, power=-1), scale="1/sqrt(d)", examples=40).passed
+
+
+@pytest.mark.parametrize("states", [True, False])
+def test_gradients_of_torch_are_judged(states: bool) -> None:
+    torch = pytest.importorskip("torch")
+
+    def fn(q: Any, k: Any, v: Any, g: Any, state: Any = None) -> Any:
+        """The loop over positions; PRESETS["flash-linear-attention"] has its layout."""
+        S, out = torch.zeros(*k.shape[:1], *k.shape[2:], v.shape[-1]) if state is None else state, []
+        for t in range(q.shape[1]):
+            S = torch.exp(g[:, t])[..., None, None] * S + k[:, t, :, :, None] * v[:, t, :, None, :]
+            out.append((q[:, t, :, :, None] * S).sum(-2) * q.shape[-1] ** -0.5)
+        return (torch.stack(out, 1), S) if states else torch.stack(out, 1)
+
+    def forgetful(q: Any, k: Any, v: Any, *rest: Any) -> Any:
+        return fn(q, k, v.detach() + 0 * v, *rest)
+
+    options = {**PRESETS["flash-linear-attention"], "rule": "gated", "states": states, "to": torch.from_numpy, "examples": 15}
+    report = check_kernel(fn, backward=torch_backward(fn, states=states), **options)
+    assert report.passed and report.cases["gradients, exact"] == 15, str(report)
+    report = check_kernel(forgetful, backward=torch_backward(forgetful, states=states), **options)
+    assert not report.passed and "dv" in report.failures[0].words
+
+
+@pytest.mark.parametrize("states", [True, False])
+def test_gradients_of_jax_are_judged(states: bool) -> None:
+    jax = pytest.importorskip("jax")
+    from refattn.causal import causal_scan_forward
+
+    def fn(q: Any, k: Any, v: Any, state: Any = None) -> Any:
+        return causal_scan_forward(q, k, v, state, chunk=4)[:2]
+
+    report = check_kernel(fn, backward=jax_backward(fn, states=states), states=states, to=jax.numpy.asarray, examples=6)
+    assert report.passed, str(report)
 
 
 def test_packed_heads_without_a_state() -> None:

@@ -38,7 +38,7 @@ class Kernel(NamedTuple):
     rule: str
     layout: str
     state_layout: str
-    scale: float
+    scale: float | str
     decay: str
     decay_space: str
     states: bool
@@ -118,7 +118,7 @@ class _Found(Exception):
 # --- the search --------------------------------------------------------------------------------------------------------------------------
 
 def check_kernel(fn: Callable[..., Any], *, rule: str = "linear", backward: Callable[..., Any] | None = None, layout: str = "bhnd",
-                 state_layout: str = "bhdm", scale: float = 1.0, decay: str = "head", decay_space: str = "log", states: bool = True,
+                 state_layout: str = "bhdm", scale: float | str = 1.0, decay: str = "head", decay_space: str = "log", states: bool = True,
                  grouped: bool = False, resets: bool = True, dtype: Any = "float32", to: Callable[[np.ndarray], Any] = np.asarray,
                  examples: int = 100, seed: int = 0, time_limit: float = 60.0, factor: float = 1.0) -> Report:
     """Look for a case in which `fn` is not the recurrence.
@@ -138,7 +138,7 @@ def check_kernel(fn: Callable[..., Any], *, rule: str = "linear", backward: Call
     state_layout
         "bhdm", or "bhmd" for the transposed state.
     scale
-        The number by which the kernel multiplies its outputs (or its queries).
+        The number by which the kernel multiplies its outputs (or its queries), or "1/sqrt(d)".
     decay
         "head" or "channel": one for each head, or for each of its key features too.
     decay_space
@@ -192,10 +192,14 @@ def check_kernel(fn: Callable[..., Any], *, rule: str = "linear", backward: Call
     check_choice("state_layout", state_layout, ("bhdm", "bhmd"))
     check_choice("decay", decay, ("head", "channel"))
     check_choice("decay_space", decay_space, ("log", "linear"))
+    if isinstance(scale, str):
+        check_choice("scale", scale, ("1/sqrt(d)",))
+    else:
+        scale = check_number("scale", scale)
     check_choice("dtype", str(dtype), ("float16", "bfloat16", "float32", "float64"))
     if not callable(fn) or not (backward is None or callable(backward)):
         raise TypeError("fn: expected a function of arrays, and for backward one too, or None")
-    kernel = Kernel(fn, backward, rule, layout, state_layout, check_number("scale", scale), decay, decay_space, states, grouped, resets,
+    kernel = Kernel(fn, backward, rule, layout, state_layout, scale, decay, decay_space, states, grouped, resets,
                     _dtype(str(dtype)), to, check_number("factor", factor, least=0))
     start, worst = time.monotonic(), [0.0]
     failures: list[Failure] = []
@@ -311,7 +315,7 @@ def _cases(kernel: Kernel, exact: bool) -> Any:
 
         if exact and g is not None and not kernel.resets:
             g = np.zeros_like(g)
-        dyadic = math.frexp(kernel.scale)[0] in (0.5, -0.5, 0.0)                 # else it rounds, in one place or in another
+        dyadic = math.frexp(_scale(kernel, d.D))[0] in (0.5, -0.5, 0.0)                 # else it rounds, in one place or in another
         with_state = kernel.states and bool(rng.integers(4))
         return Case(fit(c.q, H * G, N, d.D), fit(c.k, H, N, d.D), fit(c.v, H, N, d.M), fit(g, H, N, *([d.D] if kernel.decay == "channel" else [])),
                     fit(beta, H, N), fit(c.state, H, d.D, d.M) if with_state else None, fit(c.dout, H * G, N, d.M),
@@ -332,6 +336,10 @@ LAYOUTS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarra
     "bn(hd)": (lambda x: np.moveaxis(x, 1, 2).reshape(x.shape[0], x.shape[2], -1),
                lambda x, heads: np.moveaxis(x.reshape(*x.shape[:2], heads, -1), 2, 1)),
 }
+
+
+def _scale(kernel: Kernel, D: int) -> float:
+    return D**-0.5 if isinstance(kernel.scale, str) else kernel.scale
 
 
 def _given(kernel: Kernel, case: Case) -> list[np.ndarray]:
@@ -438,7 +446,7 @@ def _laws(kernel: Kernel) -> Iterator[tuple[str, bool, Test]]:
 
 def _law_definition(kernel: Kernel, case: Case, worst: list[float]) -> str | None:
     out, state = _call(kernel, case)
-    expected = oracle.full_recurrence(*case.inputs, scale=kernel.scale)
+    expected = oracle.full_recurrence(*case.inputs, scale=_scale(kernel, case.q.shape[-1]))
     bounds = (None, None) if case.exact else _bounds(kernel, case)
     return (_compare("out", out, expected[0], bounds[0], kernel, worst) or
             (None if state is None else _compare("state", state, expected[1], bounds[1], kernel, worst)))
@@ -522,7 +530,7 @@ def _law_gradients(kernel: Kernel, case: Case, worst: list[float]) -> str | None
         state = np.zeros((*case.k.shape[:2], case.k.shape[-1], case.v.shape[-1]))
     wide: list[Any] = [None if x is None else x.astype(np.float64) for x in (*case.inputs[:5], state)]
     dstate = case.dstate.astype(np.float64) if kernel.states else None
-    _, pullback = recurrence_vjp(*wide, rule=kernel.rule, scale=kernel.scale)
+    _, pullback = recurrence_vjp(*wide, rule=kernel.rule, scale=_scale(kernel, case.q.shape[-1]))
     expected = dict(zip(NAMES, pullback(case.dout.astype(np.float64), dstate), strict=True))
     bounds: dict[str, Any] = {} if case.exact else _gradient_bounds(kernel, case._replace(state=state))
     for name, d in found.items():
@@ -563,14 +571,14 @@ def _bounds(kernel: Kernel, case: Case) -> tuple[np.ndarray, np.ndarray]:
     q, k, v, g, beta, *_ = case
     state = np.zeros((*case.k.shape[:2], case.k.shape[-1], case.v.shape[-1])) if case.state is None else case.state
     if kernel.rule == "linear":
-        b = recurrence_budget(case.q, case.k, case.v, state, case.dout, case.dstate, scale=kernel.scale, dtype=kernel.dtype)
+        b = recurrence_budget(case.q, case.k, case.v, state, case.dout, case.dstate, scale=_scale(kernel, case.q.shape[-1]), dtype=kernel.dtype)
         return b.out + _more(kernel, case, b.out), b.S + _more(kernel, case, b.S)
     acc = accumulator(kernel.dtype)
-    out, end = loop_budget(q, k, v, g, beta, state, scale=kernel.scale, dtype=acc.name)
-    exact_out, exact_end = oracle.full_recurrence(q, k, v, g, beta, state, scale=kernel.scale)
+    out, end = loop_budget(q, k, v, g, beta, state, scale=_scale(kernel, case.q.shape[-1]), dtype=acc.name)
+    exact_out, exact_end = oracle.full_recurrence(q, k, v, g, beta, state, scale=_scale(kernel, case.q.shape[-1]))
     out, end = out + rounding(exact_out, kernel.dtype), end + rounding(exact_end, acc)
     for chunk in (1, 16, 64, None):
-        b2 = rules_budget(q, k, v, g, beta, state, case.dout, case.dstate, scale=kernel.scale, dtype=kernel.dtype, chunk=chunk)
+        b2 = rules_budget(q, k, v, g, beta, state, case.dout, case.dstate, scale=_scale(kernel, case.q.shape[-1]), dtype=kernel.dtype, chunk=chunk)
         out, end = np.maximum(out, b2.out + _more(kernel, case, b2.out)), np.maximum(end, b2.S + _more(kernel, case, b2.S))
     return out, end
 
@@ -579,11 +587,12 @@ def _gradient_bounds(kernel: Kernel, case: Case) -> dict[str, np.ndarray]:
     dstate = case.dstate if kernel.states else np.zeros_like(case.dstate)
     state = np.zeros(case.dstate.shape) if case.state is None else case.state
     if kernel.rule == "linear":
-        b = recurrence_budget(case.q, case.k, case.v, state, case.dout, dstate, scale=kernel.scale, dtype=kernel.dtype)
+        b = recurrence_budget(case.q, case.k, case.v, state, case.dout, dstate, scale=_scale(kernel, case.q.shape[-1]), dtype=kernel.dtype)
         return {name: x + _more(kernel, case, x) for name, x in (("q", b.dq), ("k", b.dk), ("v", b.dv), ("state", b.dS))}
     bounds: dict[str, np.ndarray] = {}
     for chunk in (1, 16, 64, None):
-        b2 = rules_budget(case.q, case.k, case.v, case.g, case.beta, state, case.dout, dstate, scale=kernel.scale, dtype=kernel.dtype, chunk=chunk)
+        b2 = rules_budget(case.q, case.k, case.v, case.g, case.beta, state, case.dout, dstate, scale=_scale(kernel, case.q.shape[-1]),
+                          dtype=kernel.dtype, chunk=chunk)
         for name, x in (("q", b2.dq), ("k", b2.dk), ("v", b2.dv), ("g", b2.dg), ("beta", b2.dbeta), ("state", b2.dS)):
             if x is not None:
                 bounds[name] = np.maximum(bounds.get(name, 0.0), x + _more(kernel, case, x))
@@ -665,7 +674,7 @@ def _guess(kernel: Kernel, failure: Failure, test: Test) -> str:
             out = _call(kernel, case)[0].astype(np.float64)
         except _Told:
             return ", ".join(clues)
-        expected = oracle.full_recurrence(*case.inputs, scale=kernel.scale)[0]
+        expected = oracle.full_recurrence(*case.inputs, scale=_scale(kernel, case.q.shape[-1]))[0]
         bound = 0 if case.exact else _bounds(kernel, case)[0] * kernel.factor
         with np.errstate(all="ignore"):
             rows = np.flatnonzero((~(np.abs(out - expected) <= bound)).any((0, 1, 3)))
@@ -677,7 +686,7 @@ def _guess(kernel: Kernel, failure: Failure, test: Test) -> str:
                 clues.append("only the first position")
             elif rows[0] > 0:
                 clues.append(f"only from position {rows[0]} on")
-        if kernel.scale == 1 and case.exact and out.any():
+        if _scale(kernel, case.q.shape[-1]) == 1 and case.exact and out.any():
             ratio = out[expected != 0] / expected[expected != 0]
             if len(ratio) and np.allclose(ratio, ratio[0]) and abs(ratio[0] - 1) > 1e-6 and np.isfinite(ratio[0]):
                 clues.append(f"all outputs are {ratio[0]:.6g} times what they should be: another scale")
@@ -703,6 +712,42 @@ def case_code(case: Case) -> str:
         lines.append(f"{name} = np.array({numbers}, {x.dtype.name!r})")
         names.append(f"{name}={name}" if name in ("g", "beta", "state") else name)
     return "\n".join([*lines, f"out, end = refattn.oracle.full_recurrence({', '.join(n for n in names if n not in ('dout', 'dstate'))})"])
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "onnx": {"layout": "bn(hd)", "scale": "1/sqrt(d)", "grouped": True},
+    "flash-linear-attention": {"layout": "bnhd", "scale": "1/sqrt(d)"},
+    "fast-transformers": {"layout": "bhnd", "states": False},                   # its causal_dot_product; its modules have "bnhd" and a normaliser
+}
+
+
+def torch_backward(fn: Callable[..., Any], *, states: bool = True) -> Callable[..., tuple[Any, ...]]:
+    """The `backward` of `check_kernel` for a function of PyTorch tensors: what torch.autograd gives. `states` as there."""
+    import torch
+
+    def backward(*arrays: Any) -> tuple[Any, ...]:
+        count = 1 + states
+        leaves = [x.detach().clone().requires_grad_() for x in arrays[count:]]
+        return tuple(torch.autograd.grad(_outputs(fn, leaves, count), leaves, arrays[:count]))
+
+    return backward
+
+
+def jax_backward(fn: Callable[..., Any], *, states: bool = True) -> Callable[..., tuple[Any, ...]]:
+    """The `backward` of `check_kernel` for a function of JAX arrays: what jax.vjp gives. `states` as there."""
+    import jax
+
+    def backward(*arrays: Any) -> tuple[Any, ...]:
+        count = 1 + states
+        _, pullback = jax.vjp(lambda *leaves: _outputs(fn, leaves, count), *arrays[count:])
+        return tuple(pullback(tuple(arrays[:count])))
+
+    return backward
+
+
+def _outputs(fn: Callable[..., Any], arrays: Any, count: int) -> tuple[Any, ...]:
+    found = fn(*arrays)
+    return tuple(found)[:count] if isinstance(found, (tuple, list)) else (found,)
 
 
 def _dtype(name: str) -> np.dtype:
