@@ -31,6 +31,7 @@ from refattn.experiment import (
     Row,
     Task,
     arguments,
+    curves_draw,
     figure_save,
     library,
     like,
@@ -189,15 +190,9 @@ def figure_bits(path: str, results: dict[str, Any]) -> None:
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(10, 4), layout="constrained")
-    for ax, x, label in zip(drawn.subplots(1, 2, sharey=True), ("update", "seconds"), ("updates", "minutes of processor time"), strict=True):
-        for system in results:
-            rows = results[system]["history"]
-            ax.plot([row[x] / (60 if x == "seconds" else 1) for row in rows], [row["bits"] for row in rows], label=system,
-                    color=f"C{SYSTEMS.index(system)}")
-        ax.set(xlabel=label, ylabel="held-out bits per character")
-        ax.label_outer()
-        ax.grid(alpha=0.3)
-    ax.legend()
+    curves_draw(drawn.subplots(1, 2, sharey=True), results, SYSTEMS, {"updates": lambda row: row["update"],
+                                                                      "minutes of processor time": lambda row: row["seconds"] / 60},
+                ("held-out bits per character", lambda row: row["bits"]))
     figure_save(path, drawn)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import refattn
 from refattn.__main__ import main
+from refattn.testing import check
 from refattn.testing.broken import BROKEN, RIGHT, Broken
 from refattn.testing.check import PRESETS, Case, Report, case_code, check_kernel, jax_backward, torch_backward
 
@@ -25,6 +26,18 @@ def test_every_wrong_kernel_is_found(name: str) -> None:
     report = checked(BROKEN[name])
     assert not report.passed and report.seconds < 60, BROKEN[name].story
     assert f"FAILED in {report.seconds:.1f} s" in str(report) and report.failures[0].words in str(report)
+
+
+@pytest.mark.parametrize(("law", "name"), [
+    ("no future in the past", "sees_the_next"), ("sequences and heads apart", "heads_chained"), ("in two parts", "state_without_the_rest"),
+    ("in two parts", "short_without_state"), ("gradients, rounded", "dq_without_scale"), ("gradients, rounded", "dg_shifted")])
+def test_the_laws_that_stand_behind_the_definition_fail_by_themselves_too(law: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    laws = check._laws
+    monkeypatch.setattr(check, "_laws", lambda kernel: (x for x in laws(kernel) if x[0] == law))
+    report = checked(BROKEN[name])
+    assert [failure.law for failure in report.failures] == [law]
+    right = RIGHT[str(BROKEN[name].options["rule"])]
+    assert checked(right).passed
 
 
 def test_there_are_forty_of_them_and_each_has_its_story() -> None:

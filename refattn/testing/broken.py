@@ -39,9 +39,9 @@ def forward(rule: str, scale: float = 1.0) -> Callable[..., Any]:
     return lambda *arrays: recurrence(*named(rule, arrays), rule=rule, scale=scale)
 
 
-def backward(rule: str, scale: float = 1.0) -> Callable[..., Any]:
+def backward(rule: str) -> Callable[..., Any]:
     def gradients(dout: Any, dstate: Any, *arrays: Any) -> Arrays:
-        _, pullback = vjp(recurrence, *named(rule, arrays), rule=rule, scale=scale)
+        _, pullback = vjp(recurrence, *named(rule, arrays), rule=rule)
         return tuple(d for d in pullback(np.ascontiguousarray(dout), dstate) if d is not None)
 
     return gradients

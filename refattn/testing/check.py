@@ -55,7 +55,6 @@ class Failure(NamedTuple):
     law: str
     words: str
     case: Any = None
-    ratio: float = np.inf
     guess: str = ""
 
 
