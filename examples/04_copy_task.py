@@ -9,12 +9,11 @@ and results (JSON) of each system, and a figure of all systems trained so far.
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any
 
 import numpy as np
 
-from refattn.experiment import (CUPY, Params, Row, Task, arguments, curves_draw, figure_save, library, like, require_extras, results_load,
+from refattn.experiment import (CUPY, Params, Row, Task, arguments, curves_draw, figure_save, library, like, require_extras, run, results_load,
                                 results_save, train, training_open)
 from refattn.losses import cross_entropy_backward, cross_entropy_forward
 from refattn.optim import AdamSlots, adam_step, clip_by_global_norm, dropped_rate, radam_step, warm_up
@@ -119,7 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on from there")
+    run(main)

@@ -13,7 +13,6 @@ Those of LSH flatter it: the values that follow have a say in how the Reformer s
 from __future__ import annotations
 
 import os
-import sys
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ import numpy as np
 
 from refattn.demo import digits_load
 from refattn.experiment import (CUPY, Params, Row, Task, arguments, curves_draw, epoch_part, figure_save, library, like, mosaics_save, moved,
-                                require_extras, results_load, results_save, task_for_budget, train, training_open)
+                                require_extras, run, results_load, results_save, task_for_budget, train, training_open)
 from refattn.generate import generate
 from refattn.losses import bits, logistic_mixture_backward, logistic_mixture_forward, logistic_mixture_sample
 from refattn.optim import AdamSlots, adam_step, clip_by_global_norm, cosine_rate, radam_step, warm_up
@@ -193,7 +192,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on from there")
+    run(main)

@@ -19,13 +19,12 @@ trained so far. Seconds an epoch are of one more epoch at the end, whose result 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from refattn.experiment import (CUPY, Params, Row, Task, arguments, curves_draw, epoch_part, figure_save, library, like, require_extras,
+from refattn.experiment import (CUPY, Params, Row, Task, arguments, curves_draw, epoch_part, figure_save, library, like, require_extras, run,
                                 results_load, results_save, task_for_budget, train, training_open, update_seconds)
 from refattn.layers import affine_backward, affine_forward
 from refattn.losses import ctc_backward, ctc_beam_decode, ctc_forward, ctc_greedy_decode, phoneme_error_rate
@@ -266,7 +265,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on from there")
+    run(main)

@@ -14,14 +14,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 from typing import Any
 
 import numpy as np
 
 from refattn._blocks import cores
-from refattn.experiment import Row, arguments, check_plan, figure_save, peak_bytes, require_extras, results_load, results_save, run_apart
+from refattn.experiment import Row, arguments, check_plan, figure_save, peak_bytes, require_extras, run, results_load, results_save, run_apart
 from refattn.attention_layer import attention_backward, attention_forward, attention_inputs
 
 SYSTEMS = ("linear", "softmax", "lsh-1", "lsh-4")
@@ -137,7 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on from there")
+    run(main)

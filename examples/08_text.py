@@ -38,6 +38,7 @@ from refattn.experiment import (
     moved,
     peak_bytes,
     require_extras,
+    run,
     results_load,
     results_save,
     run_apart,
@@ -288,7 +289,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on from there")
+    run(main)

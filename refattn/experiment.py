@@ -303,6 +303,14 @@ def arguments(doc: str | None, *, out: str, minutes: float, prog: str | None = N
     return parser
 
 
+def run(main: Callable[[], None]) -> None:
+    """`main()`; an interrupt ends it with words, not with a traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command goes on from there")
+
+
 def library(cupy: bool) -> Any:
     """The arrays to train with: NumPy's, or CuPy's. ImportError that says what to install."""
     if not cupy:

@@ -444,3 +444,12 @@ def test_cupy_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"this needs CuPy, which is not installed; install it with: pip install 'refattn\[cuda13x\]'"):
         experiment.library(True)
+
+
+def test_an_interrupt_ends_an_experiment_with_words() -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="stopped; the same command goes on from there"):
+        experiment.run(interrupted)
+    experiment.run(lambda: None)
