@@ -19,7 +19,8 @@ from .rules import RULES
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Judge one kernel; returns the exit code: 0 right as far as was looked, 1 wrong, 2 not understood."""
-    from .testing.check import LAYOUTS, Report, case_code, check_kernel
+    from .testing.check import Report, case_code, check_kernel
+    from .testing.kernel import LAYOUTS
 
     parser = argparse.ArgumentParser("python -m refattn check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kernel", metavar="module:function", help="called with q, k, v, then g and beta where the rule has them, then the state")

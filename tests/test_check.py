@@ -14,7 +14,8 @@ import refattn
 from refattn.__main__ import main
 from refattn.testing import check
 from refattn.testing.broken import BROKEN, RIGHT, Broken
-from refattn.testing.check import PRESETS, Case, Report, case_code, check_kernel, jax_backward, torch_backward
+from refattn.testing.check import Report, case_code, check_kernel
+from refattn.testing.kernel import PRESETS, Case, jax_backward, torch_backward
 
 
 def checked(broken: Broken, **options: object) -> Report:

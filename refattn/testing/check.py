@@ -24,30 +24,9 @@ from ..layers import check_choice
 from ..rules import RULES, recurrence_vjp
 from . import strategies
 from .budgets import recurrence_budget, rounding, unit_roundoff
+from .kernel import LAYOUTS, NAMES, Case, Kernel, Told, call, call_backward, given_arrays, read_result, scale_of
 from .loop_budget import loop_budget
 from .rules_budget import rules_budget
-
-NAMES = ("q", "k", "v", "g", "beta", "state")
-
-
-class Kernel(NamedTuple):
-    """The callable, and how it wants its arrays."""
-
-    fn: Callable[..., Any]
-    backward: Callable[..., Any] | None
-    rule: str
-    layout: str
-    state_layout: str
-    scale: float | str
-    decay: str
-    decay_space: str
-    states: bool
-    grouped: bool
-    resets: bool
-    dtype: np.dtype
-    to: Callable[[np.ndarray], Any]
-    factor: float
-
 
 class Failure(NamedTuple):
     """A law that does not hold, in the smallest case that was found."""
@@ -80,30 +59,6 @@ class Report(NamedTuple):
             if failure.case is not None:
                 lines.append(f"the smallest case that was found:\n\n{case_code(failure.case)}")
         return "\n".join(lines)
-
-
-class Case(NamedTuple):
-    """One call: q (B, Hq, N, D), k (B, H, N, D), v (B, H, N, M), g (B, H, N) or (B, H, N, D), beta (B, H, N), state (B, H, D, M), and the
-    cotangents of what comes out. None: the rule has no such input, or the kernel is called without a state."""
-
-    q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-    g: np.ndarray | None
-    beta: np.ndarray | None
-    state: np.ndarray | None
-    dout: np.ndarray
-    dstate: np.ndarray
-    exact: bool
-
-    @property
-    def inputs(self) -> list[np.ndarray | None]:
-        return list(self[:6])
-
-    def each(self, f: Callable[[str, np.ndarray], np.ndarray]) -> Case:
-        """f of the name and the array, of every array that there is."""
-        changed: list[Any] = [None if x is None else f(name, x) for name, x in zip(self._fields[:8], self[:8], strict=True)]
-        return Case._make([*changed, self.exact])
 
 
 Test = Callable[[Kernel, Case, list[float]], "str | None"]
@@ -281,7 +236,7 @@ def _parts(case: Case) -> Iterator[Case]:
 def _tried(kernel: Kernel, law: str, test: Test, case: Case, worst: list[float]) -> Failure | None:
     try:
         words = test(kernel, case, worst)
-    except _Told as told:
+    except Told as told:
         words = str(told)
     return None if words is None else Failure(law, words, case)
 
@@ -314,113 +269,13 @@ def _cases(kernel: Kernel, exact: bool) -> Any:
 
         if exact and g is not None and not kernel.resets:
             g = np.zeros_like(g)
-        dyadic = math.frexp(_scale(kernel, d.D))[0] in (0.5, -0.5, 0.0)                 # else it rounds, in one place or in another
+        dyadic = math.frexp(scale_of(kernel, d.D))[0] in (0.5, -0.5, 0.0)                 # else it rounds, in one place or in another
         with_state = kernel.states and bool(rng.integers(4))
         return Case(fit(c.q, H * G, N, d.D), fit(c.k, H, N, d.D), fit(c.v, H, N, d.M), fit(g, H, N, *([d.D] if kernel.decay == "channel" else [])),
                     fit(beta, H, N), fit(c.state, H, d.D, d.M) if with_state else None, fit(c.dout, H * G, N, d.M),
                     fit(c.dstate, H, d.D, d.M), exact and dyadic)
 
     return draw_case()
-
-
-# --- calling it --------------------------------------------------------------------------------------------------------------------------
-
-class _Told(Exception):
-    """What is wrong with a call, in words."""
-
-
-LAYOUTS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray, int], np.ndarray]]] = {
-    "bhnd": (lambda x: x, lambda x, heads: x),
-    "bnhd": (lambda x: np.moveaxis(x, 1, 2), lambda x, heads: np.moveaxis(x, 2, 1)),
-    "bn(hd)": (lambda x: np.moveaxis(x, 1, 2).reshape(x.shape[0], x.shape[2], -1),
-               lambda x, heads: np.moveaxis(x.reshape(*x.shape[:2], heads, -1), 2, 1)),
-}
-
-
-def _scale(kernel: Kernel, D: int) -> float:
-    return D**-0.5 if isinstance(kernel.scale, str) else kernel.scale
-
-
-def _given(kernel: Kernel, case: Case) -> list[np.ndarray]:
-    """The arrays of a call in the kernel's layout, before they become its library's."""
-    there, _ = LAYOUTS[kernel.layout]
-    g = case.g
-    if g is not None and kernel.decay_space == "linear":
-        g = np.exp(g.astype(np.float64)).astype(g.dtype)
-    packed = kernel.layout == "bn(hd)"
-    few = (lambda x: np.moveaxis(x, 1, 2)) if packed else there                  # one number for each head: nothing to pack
-    arrays = [there(case.q), there(case.k), there(case.v)]
-    if g is not None:
-        arrays.append(few(g) if g.ndim == 3 else there(g))
-    if case.beta is not None:
-        arrays.append(few(case.beta))
-    if case.state is not None:
-        arrays.append(case.state.swapaxes(-1, -2) if kernel.state_layout == "bhmd" else case.state)
-    elif kernel.states:
-        shape = (*case.k.shape[:2], case.k.shape[-1], case.v.shape[-1])
-        arrays.append(np.zeros(shape if kernel.state_layout == "bhdm" else (*shape[:2], shape[3], shape[2]), accumulator(case.q.dtype)))
-    return arrays
-
-
-def _call(kernel: Kernel, case: Case, given: list[np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray | None]:
-    """(out, state or None) in our layout; _Told where it cannot be understood."""
-    arrays = [np.ascontiguousarray(x) for x in _given(kernel, case)] if given is None else given
-    try:
-        found = kernel.fn(*(kernel.to(x) for x in arrays))
-    except Exception as error:
-        raise _Told(f"the call raised {type(error).__name__}: {error}") from None
-    out, state = found if isinstance(found, (tuple, list)) and len(found) == 2 else (found, None)
-    B, heads, N, _ = case.q.shape
-    M = case.v.shape[-1]
-    shape = {"bhnd": (B, heads, N, M), "bnhd": (B, N, heads, M), "bn(hd)": (B, N, heads * M)}[kernel.layout]
-    H, D = case.k.shape[1], case.k.shape[-1]
-    out = LAYOUTS[kernel.layout][1](_result("out", out, shape, kernel.dtype), heads)
-    if state is None:
-        return out, None
-    state = _result("state", state, (B, H, D, M) if kernel.state_layout == "bhdm" else (B, H, M, D), None)
-    return out, state if kernel.state_layout == "bhdm" else state.swapaxes(-1, -2)
-
-
-def _call_backward(kernel: Kernel, case: Case, dout: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """Gradients in our layout by name. `dout`: this very array, in the kernel's layout, in place of the case's."""
-    there, back = LAYOUTS[kernel.layout]
-    arrays = [np.ascontiguousarray(x) for x in _given(kernel, case)]
-    cotangents = [np.ascontiguousarray(there(case.dout)) if dout is None else dout]
-    if kernel.states:
-        cotangents.append(np.ascontiguousarray(case.dstate if kernel.state_layout == "bhdm" else case.dstate.swapaxes(-1, -2)))
-    assert kernel.backward is not None
-    try:
-        found = kernel.backward(*(kernel.to(x) for x in (*cotangents, *arrays)))
-    except Exception as error:
-        raise _Told(f"the backward raised {type(error).__name__}: {error}") from None
-    names = [name for name, x in zip(NAMES, case.inputs, strict=True) if x is not None or name == "state" and kernel.states]
-    if not isinstance(found, (tuple, list)) or len(found) != len(names):
-        raise _Told(f"backward: expected the gradients of {', '.join(names)}, got "
-                    f"{len(found) if isinstance(found, (tuple, list)) else type(found).__name__}")
-    gradients: dict[str, np.ndarray] = {}
-    for name, x, d in zip(names, arrays, found, strict=True):
-        d = _result(f"d{name}", d, x.shape, None)
-        if name == "state":
-            gradients[name] = d if kernel.state_layout == "bhdm" else d.swapaxes(-1, -2)
-        elif kernel.layout == "bn(hd)" and (name == "beta" or name == "g" and kernel.decay == "head"):
-            gradients[name] = np.moveaxis(d, 2, 1)
-        else:
-            gradients[name] = back(d, case.q.shape[1] if name == "q" else case.k.shape[1])
-    return gradients
-
-
-def _result(name: str, x: Any, shape: tuple[int, ...], dtype: np.dtype | None) -> np.ndarray:
-    try:
-        for method in ("detach", "cpu", "get"):
-            x = getattr(x, method)() if hasattr(x, method) and not isinstance(x, np.ndarray) else x
-        array = np.asarray(x)
-    except Exception as error:
-        raise _Told(f"{name}: expected an array that NumPy can read, got {type(x).__name__} ({error})") from None
-    if array.shape != shape:
-        raise _Told(f"{name}: expected the shape {shape}, got {array.shape}")
-    if dtype is not None and array.dtype != dtype:
-        raise _Told(f"{name}: expected {dtype.name} as the inputs, got {array.dtype.name}")
-    return array
 
 
 # --- laws --------------------------------------------------------------------------------------------------------------------------------
@@ -444,29 +299,29 @@ def _laws(kernel: Kernel) -> Iterator[tuple[str, bool, Test]]:
 
 
 def _law_definition(kernel: Kernel, case: Case, worst: list[float]) -> str | None:
-    out, state = _call(kernel, case)
-    expected = oracle.full_recurrence(*case.inputs, scale=_scale(kernel, case.q.shape[-1]))
+    out, state = call(kernel, case)
+    expected = oracle.full_recurrence(*case.inputs, scale=scale_of(kernel, case.q.shape[-1]))
     bounds = (None, None) if case.exact else _bounds(kernel, case)
     return (_compare("out", out, expected[0], bounds[0], kernel, worst) or
             (None if state is None else _compare("state", state, expected[1], bounds[1], kernel, worst)))
 
 
 def _law_untouched(kernel: Kernel, case: Case, worst: list[float]) -> str | None:
-    arrays = [np.ascontiguousarray(x) for x in _given(kernel, case)]
+    arrays = [np.ascontiguousarray(x) for x in given_arrays(kernel, case)]
     theirs = [kernel.to(x.copy()) for x in arrays]
     try:
         kernel.fn(*theirs)
     except Exception as error:
-        raise _Told(f"the call raised {type(error).__name__}: {error}") from None
+        raise Told(f"the call raised {type(error).__name__}: {error}") from None
     names = [name for name, x in zip(NAMES, case.inputs, strict=True) if x is not None or name == "state" and kernel.states]
     for name, x, y in zip(names, arrays, theirs, strict=True):
-        if not np.array_equal(_result(name, y, x.shape, None), x, equal_nan=True):
+        if not np.array_equal(read_result(name, y, x.shape, None), x, equal_nan=True):
             return f"{name}: the call wrote to it"
     return None
 
 
 def _law_twice(kernel: Kernel, case: Case, worst: list[float]) -> str | None:
-    first, again = _call(kernel, case), _call(kernel, case)
+    first, again = call(kernel, case), call(kernel, case)
     return _same("out, called again", again[0], first[0]) or (None if first[1] is None or again[1] is None else
                                                                _same("state, called again", again[1], first[1]))
 
@@ -476,17 +331,17 @@ def _law_causal(kernel: Kernel, case: Case, worst: list[float]) -> str | None:
     sign: Callable[[str], int] = lambda name: 1 if name in ("g", "beta") else -1
     later = case.each(lambda name, x: x if name in ("state", "dstate") else np.concatenate(
         [x[:, :, :at], x[:, :, at:][:, :, ::-1] * x.dtype.type(sign(name))], axis=2))
-    return _same(f"out before position {at}, with other positions from there on", _call(kernel, later)[0][:, :, :at],
-                 _call(kernel, case)[0][:, :, :at], _slack(kernel, case)[0][:, :, :at])
+    return _same(f"out before position {at}, with other positions from there on", call(kernel, later)[0][:, :, :at],
+                 call(kernel, case)[0][:, :, :at], _slack(kernel, case)[0][:, :, :at])
 
 
 def _law_apart(kernel: Kernel, case: Case, worst: list[float]) -> str | None:
-    (out, _), (slack, _) = _call(kernel, case), _slack(kernel, case)
+    (out, _), (slack, _) = call(kernel, case), _slack(kernel, case)
     B, H, G = case.q.shape[0], case.k.shape[1], case.q.shape[1] // case.k.shape[1]
     for b, h in {(0, 0), (B - 1, H - 1)}:
         queries = slice(h * G, (h + 1) * G)
         alone = case.each(lambda name, x, b=b, h=h, queries=queries: x[b: b + 1, queries if name in ("q", "dout") else slice(h, h + 1)])  # type: ignore[misc]
-        words = _same(f"out of sequence {b} and head {h} alone", _call(kernel, alone)[0], out[b: b + 1, queries],
+        words = _same(f"out of sequence {b} and head {h} alone", call(kernel, alone)[0], out[b: b + 1, queries],
                       slack[b: b + 1, queries])
         if words:
             return words
@@ -495,7 +350,7 @@ def _law_apart(kernel: Kernel, case: Case, worst: list[float]) -> str | None:
 
 def _law_parts(kernel: Kernel, case: Case, worst: list[float]) -> str | None:
     N = case.q.shape[2]
-    out, state = _call(kernel, case)
+    out, state = call(kernel, case)
     if state is None or N < 2:
         return None
     slack, slack_state = _slack(kernel, case)
@@ -504,32 +359,32 @@ def _law_parts(kernel: Kernel, case: Case, worst: list[float]) -> str | None:
     def cut(rows: slice, start: np.ndarray | None) -> Case:
         return case.each(lambda name, x: x if name in ("state", "dstate") else x[:, :, rows])._replace(state=start)
 
-    first, middle = _call(kernel, cut(slice(at), case.state))
+    first, middle = call(kernel, cut(slice(at), case.state))
     assert middle is not None
-    second, end = _call(kernel, cut(slice(at, None), middle))
+    second, end = call(kernel, cut(slice(at, None), middle))
     return (_same(f"out of positions up to {at}, read first", first, out[:, :, :at], slack[:, :, :at]) or
             _same(f"out from position {at} on, read from the state before it", second, out[:, :, at:], slack[:, :, at:]) or
             (None if end is None else _same("state, read in two parts", end, state, slack_state)))
 
 
 def _law_strides(kernel: Kernel, case: Case, worst: list[float]) -> str | None:
-    rng, contiguous = np.random.default_rng(case.q.size), _call(kernel, case)[0]
-    awkward = [strategies.strided(np.ascontiguousarray(x), rng) for x in _given(kernel, case)]
+    rng, contiguous = np.random.default_rng(case.q.size), call(kernel, case)[0]
+    awkward = [strategies.strided(np.ascontiguousarray(x), rng) for x in given_arrays(kernel, case)]
     for x in awkward:                                                            # PyTorch and others refuse what cannot be written to, and
         if any(step < 0 for step in x.strides):                                  # negative steps
             return None
         x.flags.writeable = True
-    return _same("out, for inputs that are not contiguous", _call(kernel, case, awkward)[0], contiguous, _slack(kernel, case)[0])
+    return _same("out, for inputs that are not contiguous", call(kernel, case, awkward)[0], contiguous, _slack(kernel, case)[0])
 
 
 def _law_gradients(kernel: Kernel, case: Case, worst: list[float]) -> str | None:
-    found = _call_backward(kernel, case)
+    found = call_backward(kernel, case)
     state = case.state
     if state is None and kernel.states:
         state = np.zeros((*case.k.shape[:2], case.k.shape[-1], case.v.shape[-1]))
     wide: list[Any] = [None if x is None else x.astype(np.float64) for x in (*case.inputs[:5], state)]
     dstate = case.dstate.astype(np.float64) if kernel.states else None
-    _, pullback = recurrence_vjp(*wide, rule=kernel.rule, scale=_scale(kernel, case.q.shape[-1]))
+    _, pullback = recurrence_vjp(*wide, rule=kernel.rule, scale=scale_of(kernel, case.q.shape[-1]))
     expected = dict(zip(NAMES, pullback(case.dout.astype(np.float64), dstate), strict=True))
     bounds: dict[str, Any] = {} if case.exact else _gradient_bounds(kernel, case._replace(state=state))
     for name, d in found.items():
@@ -550,7 +405,7 @@ def _law_expanded(kernel: Kernel, case: Case, worst: list[float]) -> str | None:
     """`out.sum().backward()` and its like give a cotangent whose strides are 0."""
     whole = np.ascontiguousarray(LAYOUTS[kernel.layout][0](case.dout))
     expanded = np.lib.stride_tricks.as_strided(whole, whole.shape, (*whole.strides[:-1], 0))      # PyTorch refuses what may not be written to
-    expected, found = (_call_backward(kernel, case, dout) for dout in (np.ascontiguousarray(expanded), expanded))
+    expected, found = (call_backward(kernel, case, dout) for dout in (np.ascontiguousarray(expanded), expanded))
     for name, d in found.items():
         words = _same(f"d{name}, for a cotangent with a stride of 0", d, expected[name], 0.0 if case.exact else np.inf)
         if words:
@@ -570,14 +425,14 @@ def _bounds(kernel: Kernel, case: Case) -> tuple[np.ndarray, np.ndarray]:
     q, k, v, g, beta, *_ = case
     state = np.zeros((*case.k.shape[:2], case.k.shape[-1], case.v.shape[-1])) if case.state is None else case.state
     if kernel.rule == "linear":
-        b = recurrence_budget(case.q, case.k, case.v, state, case.dout, case.dstate, scale=_scale(kernel, case.q.shape[-1]), dtype=kernel.dtype)
+        b = recurrence_budget(case.q, case.k, case.v, state, case.dout, case.dstate, scale=scale_of(kernel, case.q.shape[-1]), dtype=kernel.dtype)
         return b.out + _more(kernel, case, b.out), b.S + _more(kernel, case, b.S)
     acc = accumulator(kernel.dtype)
-    out, end = loop_budget(q, k, v, g, beta, state, scale=_scale(kernel, case.q.shape[-1]), dtype=acc.name)
-    exact_out, exact_end = oracle.full_recurrence(q, k, v, g, beta, state, scale=_scale(kernel, case.q.shape[-1]))
+    out, end = loop_budget(q, k, v, g, beta, state, scale=scale_of(kernel, case.q.shape[-1]), dtype=acc.name)
+    exact_out, exact_end = oracle.full_recurrence(q, k, v, g, beta, state, scale=scale_of(kernel, case.q.shape[-1]))
     out, end = out + rounding(exact_out, kernel.dtype), end + rounding(exact_end, acc)
     for chunk in (1, 16, 64, None):
-        b2 = rules_budget(q, k, v, g, beta, state, case.dout, case.dstate, scale=_scale(kernel, case.q.shape[-1]), dtype=kernel.dtype, chunk=chunk)
+        b2 = rules_budget(q, k, v, g, beta, state, case.dout, case.dstate, scale=scale_of(kernel, case.q.shape[-1]), dtype=kernel.dtype, chunk=chunk)
         out, end = np.maximum(out, b2.out + _more(kernel, case, b2.out)), np.maximum(end, b2.S + _more(kernel, case, b2.S))
     return out, end
 
@@ -586,11 +441,11 @@ def _gradient_bounds(kernel: Kernel, case: Case) -> dict[str, np.ndarray]:
     dstate = case.dstate if kernel.states else np.zeros_like(case.dstate)
     state = np.zeros(case.dstate.shape) if case.state is None else case.state
     if kernel.rule == "linear":
-        b = recurrence_budget(case.q, case.k, case.v, state, case.dout, dstate, scale=_scale(kernel, case.q.shape[-1]), dtype=kernel.dtype)
+        b = recurrence_budget(case.q, case.k, case.v, state, case.dout, dstate, scale=scale_of(kernel, case.q.shape[-1]), dtype=kernel.dtype)
         return {name: x + _more(kernel, case, x) for name, x in (("q", b.dq), ("k", b.dk), ("v", b.dv), ("state", b.dS))}
     bounds: dict[str, np.ndarray] = {}
     for chunk in (1, 16, 64, None):
-        b2 = rules_budget(case.q, case.k, case.v, case.g, case.beta, state, case.dout, dstate, scale=_scale(kernel, case.q.shape[-1]),
+        b2 = rules_budget(case.q, case.k, case.v, case.g, case.beta, state, case.dout, dstate, scale=scale_of(kernel, case.q.shape[-1]),
                           dtype=kernel.dtype, chunk=chunk)
         for name, x in (("q", b2.dq), ("k", b2.dk), ("v", b2.dv), ("g", b2.dg), ("beta", b2.dbeta), ("state", b2.dS)):
             if x is not None:
@@ -670,10 +525,10 @@ def _guess(kernel: Kernel, failure: Failure, test: Test) -> str:
         clues.append("only with decay")
     if failure.law.startswith("definition"):
         try:
-            out = _call(kernel, case)[0].astype(np.float64)
-        except _Told:
+            out = call(kernel, case)[0].astype(np.float64)
+        except Told:
             return ", ".join(clues)
-        expected = oracle.full_recurrence(*case.inputs, scale=_scale(kernel, case.q.shape[-1]))[0]
+        expected = oracle.full_recurrence(*case.inputs, scale=scale_of(kernel, case.q.shape[-1]))[0]
         bound = 0 if case.exact else _bounds(kernel, case)[0] * kernel.factor
         with np.errstate(all="ignore"):
             rows = np.flatnonzero((~(np.abs(out - expected) <= bound)).any((0, 1, 3)))
@@ -685,7 +540,7 @@ def _guess(kernel: Kernel, failure: Failure, test: Test) -> str:
                 clues.append("only the first position")
             elif rows[0] > 0:
                 clues.append(f"only from position {rows[0]} on")
-        if _scale(kernel, case.q.shape[-1]) == 1 and case.exact and out.any():
+        if scale_of(kernel, case.q.shape[-1]) == 1 and case.exact and out.any():
             ratio = out[expected != 0] / expected[expected != 0]
             if len(ratio) and np.allclose(ratio, ratio[0]) and abs(ratio[0] - 1) > 1e-6 and np.isfinite(ratio[0]):
                 clues.append(f"all outputs are {ratio[0]:.6g} times what they should be: another scale")
@@ -711,42 +566,6 @@ def case_code(case: Case) -> str:
         lines.append(f"{name} = np.array({numbers}, {x.dtype.name!r})")
         names.append(f"{name}={name}" if name in ("g", "beta", "state") else name)
     return "\n".join([*lines, f"out, end = refattn.oracle.full_recurrence({', '.join(n for n in names if n not in ('dout', 'dstate'))})"])
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "onnx": {"layout": "bn(hd)", "scale": "1/sqrt(d)", "grouped": True},
-    "flash-linear-attention": {"layout": "bnhd", "scale": "1/sqrt(d)"},
-    "fast-transformers": {"layout": "bhnd", "states": False},                   # its causal_dot_product; its modules have "bnhd" and a normaliser
-}
-
-
-def torch_backward(fn: Callable[..., Any], *, states: bool = True) -> Callable[..., tuple[Any, ...]]:
-    """The `backward` of `check_kernel` for a function of PyTorch tensors: what torch.autograd gives. `states` as there."""
-    import torch
-
-    def backward(*arrays: Any) -> tuple[Any, ...]:
-        count = 1 + states
-        leaves = [x.detach().clone().requires_grad_() for x in arrays[count:]]
-        return tuple(torch.autograd.grad(_outputs(fn, leaves, count), leaves, arrays[:count]))
-
-    return backward
-
-
-def jax_backward(fn: Callable[..., Any], *, states: bool = True) -> Callable[..., tuple[Any, ...]]:
-    """The `backward` of `check_kernel` for a function of JAX arrays: what jax.vjp gives. `states` as there."""
-    import jax
-
-    def backward(*arrays: Any) -> tuple[Any, ...]:
-        count = 1 + states
-        _, pullback = jax.vjp(lambda *leaves: _outputs(fn, leaves, count), *arrays[count:])
-        return tuple(pullback(tuple(arrays[:count])))
-
-    return backward
-
-
-def _outputs(fn: Callable[..., Any], arrays: Any, count: int) -> tuple[Any, ...]:
-    found = fn(*arrays)
-    return tuple(found)[:count] if isinstance(found, (tuple, list)) else (found,)
 
 
 def _dtype(name: str) -> np.dtype:
