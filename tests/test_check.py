@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 import refattn
+import refattn.testing
 from refattn.__main__ import main
 from refattn.testing import check
 from refattn.testing.broken import BROKEN, RIGHT, Broken
-from refattn.testing.check import Report, case_code, check_kernel
-from refattn.testing.kernel import PRESETS, Case, jax_backward, torch_backward
+from refattn.testing.check import Report, check_kernel
+from refattn.testing.kernel import PRESETS
 
 
 def checked(broken: Broken, **options: object) -> Report:
@@ -31,10 +32,10 @@ def test_every_wrong_kernel_is_found(name: str) -> None:
 
 @pytest.mark.parametrize(("law", "name"), [
     ("no future in the past", "sees_the_next"), ("sequences and heads apart", "heads_chained"), ("in two parts", "state_without_the_rest"),
-    ("in two parts", "short_without_state"), ("gradients, rounded", "dq_without_scale"), ("gradients, rounded", "dg_shifted")])
+    ("in two parts", "short_without_state"), ("gradients of real numbers", "dq_without_scale"), ("gradients of real numbers", "dg_shifted")])
 def test_the_laws_that_stand_behind_the_definition_fail_by_themselves_too(law: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    laws = check._laws
-    monkeypatch.setattr(check, "_laws", lambda kernel: (x for x in laws(kernel) if x[0] == law))
+    laws = check.laws
+    monkeypatch.setattr(check, "laws", lambda kernel: (x for x in laws(kernel) if x[0] == law))
     report = checked(BROKEN[name])
     assert [failure.law for failure in report.failures] == [law]
     right = RIGHT[str(BROKEN[name].options["rule"])]
@@ -46,6 +47,9 @@ def test_there_are_forty_of_them_and_each_has_its_story() -> None:
     assert {broken.options["rule"] for broken in BROKEN.values()} == set(RIGHT)
 
 
+ATTENTION = {"linear_attention": refattn.linear_attention, "softmax_attention": refattn.softmax_attention}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("rule", RIGHT)
 def test_no_right_kernel_is_accused(rule: str, dtype: str) -> None:
@@ -54,10 +58,105 @@ def test_no_right_kernel_is_accused(rule: str, dtype: str) -> None:
     for decay in ("head", "channel") if "gated" in rule else ("head",):
         report = checked(RIGHT[rule], dtype=dtype, decay=decay, grouped=True, examples=15, seed=1)
         assert report.passed and 0 < report.worst <= 1, str(report)
-        assert set(report.cases) >= {"definition, exact", "in two parts", "gradients, rounded"} and set(report.cases.values()) == {15}
+        assert set(report.cases) >= {"definition, integers", "any strides", "gradients of real numbers"} and set(report.cases.values()) == {15}
+        assert ({"in two parts", "padding"} <= set(report.cases)) == (rule in refattn.rules.RULES)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("rule", RIGHT)
+def test_no_right_kernel_is_accused_in_a_thousand_runs(rule: str, dtype: str) -> None:
+    """42 seeds for each of six rules and four dtypes."""
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    for seed in range(42):
+        decay = ("head", "channel")[seed % 2] if "gated" in rule else "head"
+        report = checked(RIGHT[rule], dtype=dtype, decay=decay, grouped=True, examples=4, seed=seed)
+        assert report.passed and set(report.cases.values()) == {4}, f"seed {seed}, decay {decay}: {report}"
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("rule", ATTENTION)
+def test_attention_to_more_or_fewer_keys_and_in_any_layout(rule: str, causal: bool) -> None:
+    options: dict[str, Any] = {"causal": causal} | ({"scale": 0.3} if rule == "softmax_attention" else {"eps": 1e-3})
+
+    def fn(*arrays: np.ndarray) -> np.ndarray:
+        return np.moveaxis(ATTENTION[rule](*(np.moveaxis(x, 1, 2) for x in arrays), **options), 1, 2)
+
+    def backward(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        dout, *qkv = (np.moveaxis(x, 1, 2) for x in arrays)
+        return tuple(np.moveaxis(d, 1, 2) for d in refattn.vjp(ATTENTION[rule], *qkv, **options)[1](np.ascontiguousarray(dout)))
+
+    report = check_kernel(fn, backward=backward, rule=rule, layout="bnhd", examples=20, seed=3, **options)
+    assert report.passed and ("no future in the past" in report.cases) == causal, str(report)
+    for name, value in (("causal", not causal), ("layout", "bhnd"), *(("scale", 0.31),) * (rule == "softmax_attention"),
+                        *(("eps", 1e-6),) * (rule == "linear_attention")):
+        assert not check_kernel(fn, rule=rule, examples=20, **{"layout": "bnhd", **options, name: value}).passed, name
+
+
+def test_results_may_be_written_into_memory_that_is_given() -> None:
+    def fn(q: np.ndarray, k: np.ndarray, v: np.ndarray, state: np.ndarray, out: np.ndarray, end: np.ndarray) -> str:
+        out[...], end[...] = refattn.recurrence(q, k, v, state=state)
+        return "what is returned is not read"
+
+    def backward(*arrays: np.ndarray) -> None:
+        *given, dq, dk, dv, dstate = arrays
+        for d, x in zip((dq, dk, dv, dstate), RIGHT["linear"].backward(*given), strict=True):                      # type: ignore[misc]
+            d[...] = x
+
+    def partly(*arrays: np.ndarray) -> None:
+        kept = arrays[-3][:, :, -1:].copy()
+        backward(*arrays)
+        arrays[-3][:, :, -1:] = kept
+
+    report = check_kernel(fn, backward=backward, into=True, examples=20)
+    assert report.passed and "every element written" in report.cases, str(report)
+    report = check_kernel(fn, backward=partly, into=True, examples=20)
+    assert report.failures[0].law == "every element written"
+    assert report.failures[0].words.startswith("dk[0, 0, 0, 0], written over NaN and over 7: got nan")
+    report = check_kernel(lambda q, k, v, out: np.copyto(out, refattn.recurrence(q, k, v)[0]), into=True, states=False, examples=20)
+    assert report.passed, str(report)
+
+
+def test_a_kernel_for_some_sizes_only_is_asked_for_these() -> None:
+    seen = set()
+
+    def fn(q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.ndarray, state: np.ndarray) -> Any:
+        assert q.shape[2] % 16 == 0 and (q.shape[-1], v.shape[-1]) in ((8, 8), (8, 16)), "a shape that this kernel does not take"
+        seen.add(q.shape[2])
+        out, end = refattn.recurrence(q, k, v, g, state=state, rule="gated")
+        return out, end
+
+    options: dict[str, Any] = {"rule": "gated", "multiple_of": 16, "widths": ((8, 8), (8, 16))}
+    report = check_kernel(fn, examples=15, **options)
+    assert report.passed and len(seen) > 2 and max(seen) > 32, str(report)
+    report = check_kernel(lambda *arrays: fn(*arrays)[0] * 2, examples=15, **options)                               # smaller, but of those sizes
+    assert "all outputs are 2 times" in str(report) and report.failures[0].case.q.shape[2:] == (16, 8)
+    report = check_kernel(fn, rule="gated", examples=15)
+    assert "the call raised AssertionError: a shape that this kernel does not take" in report.failures[0].words and len(report.failures) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("rule", ["linear", "softmax_attention"])
+def test_factors_of_products_may_be_rounded_to_half(rule: str, dtype: str) -> None:
+    pytest.importorskip("ml_dtypes")
+
+    def fn(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        wide = [x.astype(np.float32) for x in (q, k, v)]
+        A, mask = wide[0] @ wide[1].mT, np.tri(q.shape[2])
+        if rule == "softmax_attention":
+            A = np.where(mask, 0.25 * A, -np.inf)
+            A = np.exp(A - A.max(-1, keepdims=True))
+            return (A.astype(q.dtype).astype(np.float32) @ wide[2] / A.sum(-1, keepdims=True)).astype(q.dtype)
+        return ((A * mask).astype(q.dtype).astype(np.float32) @ wide[2]).astype(q.dtype)
+
+    options: dict[str, Any] = {"rule": rule, "scale": 0.25 if rule == "softmax_attention" else 1, "states": False, "dtype": dtype, "examples": 40}
+    strict, lenient = check_kernel(fn, **options), check_kernel(fn, factors="dtype", **options)
+    assert not strict.passed and lenient.passed and lenient.worst > 0.01, str(lenient)
+    assert not check_kernel(lambda q, k, v: fn(q, k, v) * q.dtype.type(1.0625), factors="dtype", **options).passed
+
+
+@pytest.mark.parametrize("rule", refattn.rules.RULES)
 def test_the_definition_itself_is_right_when_it_runs_in_float64(rule: str) -> None:
     def fn(*arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         q, k, v, *rest = arrays
@@ -93,7 +192,7 @@ def their_conventions(rule: str) -> Broken:
     return Broken("right, told differently", options, forward, backward)
 
 
-@pytest.mark.parametrize("rule", RIGHT)
+@pytest.mark.parametrize("rule", refattn.rules.RULES)
 def test_other_conventions_are_described_by_arguments(rule: str) -> None:
     broken = their_conventions(rule)
     report = checked(broken, examples=15, seed=2)
@@ -111,6 +210,19 @@ def test_a_scale_may_depend_on_the_width() -> None:
     assert not check_kernel(lambda *arrays: fn(*arrays, power=-1), scale="1/sqrt(d)", examples=40).passed
 
 
+def test_decays_may_have_their_gradient_by_differences() -> None:
+    """dg as the reverse cumulative sum of q·dq - k·dk, from the end, where both cancel: right, and far from the bound of a sum without them."""
+    def backward(dout: np.ndarray, dstate: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.ndarray, state: np.ndarray) -> Any:
+        dq, dk, dv, dg, dS = RIGHT["gated"].backward(dout, dstate, q, k, v, g, state)                               # type: ignore[misc]
+        end = refattn.recurrence(q, k, v, g, state=state, rule="gated")[1]
+        terms = (q * dq - k * dk).sum(-1)
+        terms[:, :, -1] += (end * dstate).sum((-2, -1))
+        return dq, dk, dv, np.cumsum(terms[:, :, ::-1], axis=2)[:, :, ::-1], dS
+
+    report = check_kernel(RIGHT["gated"].forward, backward=backward, rule="gated", resets=False, scale=1, examples=60)
+    assert report.passed, str(report)
+
+
 @pytest.mark.parametrize("states", [True, False])
 def test_gradients_of_torch_are_judged(states: bool) -> None:
     torch = pytest.importorskip("torch")
@@ -126,23 +238,33 @@ def test_gradients_of_torch_are_judged(states: bool) -> None:
     def forgetful(q: Any, k: Any, v: Any, *rest: Any) -> Any:
         return fn(q, k, v.detach() + 0 * v, *rest)
 
-    options = {**PRESETS["flash-linear-attention"], "rule": "gated", "states": states, "to": torch.from_numpy, "examples": 15}
-    report = check_kernel(fn, backward=torch_backward(fn, states=states), **options)
-    assert report.passed and report.cases["gradients, exact"] == 15, str(report)
-    report = check_kernel(forgetful, backward=torch_backward(forgetful, states=states), **options)
+    options = {**PRESETS["flash-linear-attention"], "rule": "gated", "states": states, "backward": "autodiff", "examples": 15}
+    report = check_kernel(fn, **options)
+    assert report.passed and report.cases["gradients of integers"] == 15, str(report)
+    report = check_kernel(forgetful, **options)
     assert not report.passed and "dv" in report.failures[0].words
 
 
 @pytest.mark.parametrize("states", [True, False])
 def test_gradients_of_jax_are_judged(states: bool) -> None:
-    jax = pytest.importorskip("jax")
+    pytest.importorskip("jax")
     from refattn.causal import causal_scan_forward
 
     def fn(q: Any, k: Any, v: Any, state: Any = None) -> Any:
         return causal_scan_forward(q, k, v, state, chunk=4)[:2]
 
-    report = check_kernel(fn, backward=jax_backward(fn, states=states), states=states, to=jax.numpy.asarray, examples=6)
+    report = check_kernel(fn, backward="autodiff", states=states, to="jax", examples=6)
     assert report.passed, str(report)
+
+
+def test_a_kernel_that_takes_contiguous_arrays_alone_is_given_no_other() -> None:
+    def fn(*arrays: np.ndarray) -> Any:
+        assert all(x.flags.c_contiguous for x in arrays)
+        return RIGHT["linear"].forward(*arrays)
+
+    assert not check_kernel(fn, examples=10).passed
+    report = check_kernel(fn, contiguous=True, backward=BROKEN["cotangent_as_if_contiguous"].backward, examples=10)
+    assert report.passed and not {"any strides", "expanded cotangent"} & set(report.cases), str(report)
 
 
 def test_packed_heads_without_a_state() -> None:
@@ -161,8 +283,8 @@ def test_packed_heads_without_a_state() -> None:
 def test_the_smallest_case_is_code_that_shows_the_bug() -> None:
     broken = BROKEN["excludes_itself"]
     report = checked(broken)
-    code = case_code(report.failures[0].case)
-    assert code in str(report)
+    code = report.failures[0].code
+    assert code and code in str(report)
     names: dict[str, np.ndarray] = {}
     exec(code, names)                                                            # noqa: S102
     found = broken.forward(names["q"], names["k"], names["v"], names.get("state", np.zeros_like(names["end"], np.float32)))[0]
@@ -192,10 +314,13 @@ def test_a_factor_widens_the_bounds_and_is_told() -> None:
 
 
 @pytest.mark.parametrize(("options", "error", "words"), [
-    ({"rule": "linaer"}, ValueError, "rule: expected 'linear' or 'gated' or 'delta' or 'gated_delta', got 'linaer'"),
+    ({"rule": "linaer"}, ValueError, "rule: expected 'linear' or .* or 'softmax_attention', got 'linaer'"),
     ({"layout": "nbhd"}, ValueError, "layout: expected"), ({"dtype": "int8"}, ValueError, "dtype: expected"),
     ({"examples": 0}, ValueError, "examples: expected an integer ≥ 1, got 0"), ({"factor": -1}, ValueError, "factor: expected"),
-    ({"backward": 3}, TypeError, "fn: expected a function of arrays"),
+    ({"backward": 3}, TypeError, "fn: expected a function of arrays"), ({"to": "pandas"}, ValueError, "to: expected 'numpy' or"),
+    ({"backward": "autodiff"}, ValueError, "backward: 'autodiff' goes with to='jax' or"), ({"causal": False}, ValueError, "causal: expected True"),
+    ({"rule": "linear_attention", "states": True}, ValueError, "states: expected False or None"),
+    ({"multiple_of": 0}, ValueError, "multiple_of: expected an integer ≥ 1"), ({"widths": ((0, 1),)}, ValueError, "widths: expected"),
 ])
 def test_options_that_are_not_understood_are_said(options: dict[str, object], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
@@ -237,9 +362,30 @@ def test_a_backward_of_too_few_gradients_is_told() -> None:
     assert report.failures[0].words == "backward: expected the gradients of q, k, v, state, got 2"
 
 
-def test_a_case_is_code_whatever_is_in_it() -> None:
-    one = np.ones((1, 1, 1, 1), np.float32)
-    code = case_code(Case(one, one, one, np.full((1, 1, 1), -np.inf, np.float32), None, None, one, one, True))
-    names: dict[str, np.ndarray] = {}
-    exec(code, names)                                                            # noqa: S102
-    assert names["g"].tolist() == [[[-np.inf]]] and names["out"].tolist() == [[[[1.0]]]]
+@pytest.mark.parametrize(("name", "gradient"), [("dg_shifted", 3), ("softmax_dx_without_the_row", 0), ("linear_dden_missing", 1)])
+def test_the_smallest_case_of_a_gradient_is_code_too(name: str, gradient: int) -> None:
+    broken = BROKEN[name]
+    failure = next(f for f in checked(broken).failures if f.law.startswith("gradients"))
+    names: dict[str, Any] = {}
+    exec(failure.code, names)                                                    # noqa: S102
+    cotangents = [names[n] for n in ("dout", "dstate") if n in names]
+    assert broken.backward is not None
+    found = broken.backward(*cotangents, *(x for x in failure.case.inputs if x is not None),
+                            *([np.zeros_like(names["dstate"])] if failure.case.state is None and "dstate" in names else []))
+    right = [x for x in names["gradients"] if x is not None]
+    assert not np.allclose(found[gradient], right[gradient])
+
+
+def test_bfloat16_and_minus_infinity_in_a_case_are_code() -> None:
+    pytest.importorskip("ml_dtypes")
+    report = checked(BROKEN["nan_at_a_reset"], dtype="bfloat16")
+    names: dict[str, Any] = {}
+    exec(report.failures[0].code, names)                                         # noqa: S102
+    assert np.isneginf(names["g"]).any() and np.isfinite(names["out"]).all()
+    assert np.array_equal(names["q"], report.failures[0].case.q.astype(np.float64))
+
+
+def test_the_package_hands_out_the_checker_and_nothing_else() -> None:
+    assert refattn.testing.check_kernel is check_kernel
+    with pytest.raises(AttributeError, match="module 'refattn.testing' has no attribute 'check_kernels'"):
+        refattn.testing.check_kernels                                            # noqa: B018

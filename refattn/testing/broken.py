@@ -1,8 +1,7 @@
 """Kernels that are wrong, each in one way that somebody's kernel was: what a checker has to find.
 
 `BROKEN[name]` has the story in a line, the options of `check_kernel` under which the kernel is to be judged, its forward and its backward. All but
-the one mistake is right, to the bit. `RIGHT[rule]` are the kernels that they are made from, `refattn.recurrence` in the calling convention of
-`check_kernel`.
+the one mistake is right. `RIGHT[rule]` are right ones in the calling convention of `check_kernel`: `refattn.recurrence` and the two attentions.
 """
 from __future__ import annotations
 
@@ -12,7 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._vjp import vjp
+from ..attention import linear_attention
 from ..rules import RULES, recurrence
+from ..softmax import softmax_attention
 
 CHUNK = 16
 Arrays = tuple[Any, ...]
@@ -47,7 +48,14 @@ def backward(rule: str) -> Callable[..., Any]:
     return gradients
 
 
-RIGHT = {rule: Broken("nothing is wrong", {"rule": rule}, forward(rule), backward(rule)) for rule in RULES}
+def _attention(f: Callable[..., Any], **options: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward of one of the library's two attentions."""
+    return lambda *qkv: f(*qkv, **options), lambda dout, *qkv: vjp(f, *qkv, **options)[1](np.ascontiguousarray(dout))
+
+
+RIGHT = {rule: Broken("nothing is wrong", {"rule": rule}, forward(rule), backward(rule)) for rule in RULES} | {
+    "linear_attention": Broken("nothing is wrong", {"rule": "linear_attention"}, *_attention(linear_attention, causal=True)),
+    "softmax_attention": Broken("nothing is wrong", {"rule": "softmax_attention"}, *_attention(softmax_attention, causal=True, scale=1.0))}
 
 
 # --- wrong -------------------------------------------------------------------------------------------------------------------------------
@@ -195,6 +203,73 @@ def _one_of_a_group(right: Any, dout: Any, dstate: Any, *six: Any) -> Arrays:
     return (gradients[0], only[1], *gradients[2:])
 
 
+def _phi(x: Any) -> Any:
+    return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
+
+
+def _seen(q: Any, k: Any, causal: bool) -> Any:
+    return np.tri(q.shape[2], k.shape[2], dtype=bool) if causal else np.ones((q.shape[2], k.shape[2]), bool)
+
+
+def _softmax(q: Any, k: Any, v: Any, *, causal: bool = True, scale: float = 1.0, most: Callable[..., Any] = np.max, axis: int = -1,
+             seen: Any = None, exp: Callable[..., Any] = np.exp) -> Any:
+    """The masked form in the dtype of q, so that one step of it can be another."""
+    X = np.where(_seen(q, k, causal) if seen is None else seen, q.dtype.type(scale) * (q @ k.mT), -np.inf)
+    with np.errstate(all="ignore"):
+        P = exp(X - most(X, axis=axis, keepdims=True))
+        return ((P / P.sum(axis, keepdims=True)) @ v).astype(q.dtype)
+
+
+def _linear(q: Any, k: Any, v: Any, *, causal: bool = True, phi: Callable[..., Any] = _phi,
+            total: Callable[..., Any] = lambda A: A.sum(-1, keepdims=True), eps: float = 1e-6) -> Any:
+    """The same of linear attention."""
+    A = np.where(_seen(q, k, causal), phi(q) @ phi(k).mT, 0)
+    with np.errstate(all="ignore"):
+        return (A @ v / (total(A) + eps)).astype(q.dtype)
+
+
+def _softmax_backward(change: Callable[..., Any]) -> tuple[dict[str, Any], Callable[..., Any], Callable[..., Any]]:
+    """A right forward, and `change(P, dP, D)` for dx = P (dP - D), where dP = do·v and D = do·out."""
+    def gradients(dout: Any, q: Any, k: Any, v: Any) -> Arrays:
+        X = np.where(_seen(q, k, True), q @ k.mT, -np.inf)
+        P = np.exp(X - X.max(-1, keepdims=True))
+        P = P / P.sum(-1, keepdims=True)
+        dP = dout @ v.mT
+        dx = change(P, dP, (P * dP).sum(-1, keepdims=True))
+        return (dx @ k).astype(q.dtype), (dx.mT @ q).astype(q.dtype), (P.mT @ dout).astype(q.dtype)
+
+    return {"rule": "softmax_attention"}, lambda *qkv: softmax_attention(*qkv, causal=True, scale=1.0), gradients
+
+
+def _linear_backward(weight: Callable[..., Any]) -> tuple[dict[str, Any], Callable[..., Any], Callable[..., Any]]:
+    """A right forward, and gradients with `weight(do·v, do·out, 1 / den)` for what each pair's similarity gets."""
+    def gradients(dout: Any, q: Any, k: Any, v: Any) -> Arrays:
+        A = np.where(_seen(q, k, True), _phi(q) @ _phi(k).mT, 0)
+        inverse = 1 / (A.sum(-1, keepdims=True) + 1e-6)
+        out = A @ v * inverse
+        dA = np.where(_seen(q, k, True), weight(dout @ v.mT, (dout * out).sum(-1, keepdims=True), inverse), 0)
+        dq, dk = (dA @ _phi(k) * np.exp(np.minimum(q, 0)), dA.mT @ _phi(q) * np.exp(np.minimum(k, 0)))
+        return dq.astype(q.dtype), dk.astype(q.dtype), (A.mT @ (dout * inverse)).astype(q.dtype)
+
+    return {"rule": "linear_attention"}, lambda *qkv: linear_attention(*qkv, causal=True), gradients
+
+
+def _reads_as_many_keys_as_queries(q: Any, k: Any, v: Any) -> Any:
+    short, n = max(q.shape[2] - k.shape[2], 0), q.shape[2]
+    k, v = (np.concatenate([x, np.ones((*x.shape[:2], short, x.shape[3]), x.dtype)], 2)[:, :, :n] for x in (k, v))
+    return softmax_attention(q, k, v, scale=1.0)
+
+
+def _filled(where: Callable[..., Any], add: bool = False) -> Callable[..., Any]:
+    """The right answer written into the memory that is given, where `where(q)`."""
+    def write(q: Any, k: Any, v: Any, state: Any, out: Any, end: Any) -> None:
+        found, end[...] = recurrence(q, k, v, state=state)
+        at = where(q)
+        out[at] = out[at] + found[at] if add else found[at]
+
+    return write
+
+
 BROKEN: dict[str, Broken] = {
     # masks and chunks
     "excludes_itself": Broken("the mask is j < i: a position does not see itself",
@@ -304,4 +379,39 @@ BROKEN: dict[str, Broken] = {
     "dk_of_the_delta_as_of_the_sum": Broken("dk as if nothing were erased", *_with(
         "delta", 1, lambda d, dout, dstate, q, k, v, g, b, S: vjp(recurrence, q, k, (b[..., None] * v).astype(v.dtype), None, None, S)[1](
             np.ascontiguousarray(dout), dstate)[1])),
+    # softmax attention
+    "softmax_without_the_maximum": Broken("exp of the scores themselves, which overflows", {"rule": "softmax_attention"},
+                                          lambda *qkv: _softmax(*qkv, most=lambda X, **_: 0)),
+    "softmax_with_the_heads_maximum": Broken("the maximum is that of the whole head: rows far below it underflow", {"rule": "softmax_attention"},
+                                             lambda *qkv: _softmax(*qkv, most=lambda X, **_: X.max((-2, -1), keepdims=True))),
+    "softmax_over_queries": Broken("weights sum to 1 over queries in place of keys", {"rule": "softmax_attention", "causal": False},
+                                   lambda *qkv: _softmax(*qkv, causal=False, axis=-2)),
+    "softmax_excludes_itself": Broken("the mask is j < i, but for the first", {"rule": "softmax_attention"}, lambda q, k, v: _softmax(
+        q, k, v, seen=np.tri(q.shape[2], k=-1, dtype=bool) | (np.arange(q.shape[2]) == 0))),
+    "softmax_of_another_scale": Broken("the scale is 1/√M in place of 1/√D", {"rule": "softmax_attention", "scale": "1/sqrt(d)"},
+                                       lambda q, k, v: _softmax(q, k, v, scale=v.shape[-1] ** -0.5)),
+    "softmax_as_many_keys_as_queries": Broken("reads as many keys as there are queries, those behind the last too", {
+        "rule": "softmax_attention", "causal": False}, _reads_as_many_keys_as_queries),
+    "softmax_coarse_exp": Broken("exp with 11 bits", {"rule": "softmax_attention"}, lambda *qkv: _softmax(
+        *qkv, exp=lambda x: np.exp(x).astype(np.float16).astype(x.dtype))),
+    "softmax_dx_without_the_row": Broken("dx = P do·v: what the row's sum gives back is missing", *_softmax_backward(lambda P, dP, D: P * dP)),
+    "softmax_dx_of_another_row": Broken("do·out is taken from the row before", *_softmax_backward(lambda P, dP, D: P * (dP - np.roll(D, 1, 2)))),
+    # linear attention with its normaliser
+    "linear_sums_all_keys": Broken("the normaliser sums over all keys, not those up to the position", {"rule": "linear_attention"},
+                                   lambda q, k, v: _linear(q, k, v, total=lambda A: (_phi(q) @ _phi(k).mT).sum(-1, keepdims=True))),
+    "linear_elu_alone": Broken("φ = elu, without the one", {"rule": "linear_attention"}, lambda *qkv: _linear(
+        *qkv, phi=lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0))))),
+    "linear_unnormalised": Broken("no division", {"rule": "linear_attention"}, lambda *qkv: _linear(
+        *qkv, total=lambda A: np.ones_like(A[..., :1]), eps=0)),
+    "linear_large_eps": Broken("ε = 10⁻³ in place of 10⁻⁶", {"rule": "linear_attention"}, lambda *qkv: _linear(*qkv, eps=1e-3)),
+    "linear_keys_not_mapped": Broken("φ is applied to the queries alone", {"rule": "linear_attention", "causal": False}, lambda q, k, v: _linear(
+        q, np.where(k > 1, k - 1, np.log(np.maximum(k, 1e-3))), v, causal=False)),
+    "linear_dden_missing": Broken("the normaliser has no gradient", *_linear_backward(lambda dP, D, inverse: dP * inverse)),
+    "linear_dden_of_the_wrong_sign": Broken("the normaliser's gradient has the wrong sign", *_linear_backward(
+        lambda dP, D, inverse: (dP + D) * inverse)),
+    # memory that is given
+    "rows_not_written": Broken("the last row of the given output is never written", {"rule": "linear", "into": True},
+                               _filled(lambda q: np.s_[:, :, :-1])),
+    "adds_to_what_is_there": Broken("results are added to what stands in the given output", {"rule": "linear", "into": True},
+                                    _filled(lambda q: np.s_[:], add=True)),
 }

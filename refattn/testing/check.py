@@ -18,15 +18,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import oracle
-from .._array import accumulator, check_number, check_positive, missing_extra
+from .._array import check_number, check_positive
 from ..layers import check_choice
-from ..rules import RULES, recurrence_vjp
+from ..rules import RULES
 from . import strategies
-from .budgets import recurrence_budget, rounding, unit_roundoff
-from .kernel import LAYOUTS, NAMES, Case, Kernel, Told, call, call_backward, given_arrays, read_result, scale_of
-from .loop_budget import loop_budget
-from .rules_budget import rules_budget
+from .frameworks import MAKE, VJP, bfloat16
+from .kernel import ATTENTIONS, LAYOUTS, NAMES, STATE_LAYOUTS, Case, Kernel, Told, call, definition, scale_of
+from .kernel_laws import WITHOUT_THE_DEFINITION, Law, bounds, laws
+
 
 class Failure(NamedTuple):
     """A law that does not hold, in the smallest case that was found."""
@@ -35,6 +34,7 @@ class Failure(NamedTuple):
     words: str
     case: Any = None
     guess: str = ""
+    code: str = ""
 
 
 class Report(NamedTuple):
@@ -56,13 +56,10 @@ class Report(NamedTuple):
             lines.append(f"\n{failure.law}: {failure.words}")
             if failure.guess:
                 lines.append(f"it looks as if: {failure.guess}")
-            if failure.case is not None:
-                lines.append(f"the smallest case that was found:\n\n{case_code(failure.case)}")
+            if failure.code:
+                lines.append(f"the smallest case that was found:\n\n{failure.code}")
         return "\n".join(lines)
 
-
-Test = Callable[[Kernel, Case, list[float]], "str | None"]
-WITHOUT_THE_DEFINITION = ("untouched inputs", "same bits twice", "gradients, exact")    # what may still be told where outputs are wrong
 
 
 class _Found(Exception):
@@ -71,42 +68,61 @@ class _Found(Exception):
 
 # --- the search --------------------------------------------------------------------------------------------------------------------------
 
-def check_kernel(fn: Callable[..., Any], *, rule: str = "linear", backward: Callable[..., Any] | None = None, layout: str = "bhnd",
-                 state_layout: str = "bhdm", scale: float | str = 1.0, decay: str = "head", decay_space: str = "log", states: bool = True,
-                 grouped: bool = False, resets: bool = True, dtype: Any = "float32", to: Callable[[np.ndarray], Any] = np.asarray,
-                 examples: int = 100, seed: int = 0, time_limit: float = 60.0, factor: float = 1.0) -> Report:
-    """Look for a case in which `fn` is not the recurrence.
+def check_kernel(fn: Callable[..., Any], *, rule: str = "linear", backward: Callable[..., Any] | str | None = None, layout: str = "bhnd",
+                 state_layout: str = "bhdm", scale: float | str = 1.0, decay: str = "head", decay_space: str = "log", causal: bool = True,
+                 eps: float = 1e-6, states: bool | None = None, grouped: bool = False, resets: bool = True, into: bool = False,
+                 contiguous: bool = False, multiple_of: int = 1, widths: tuple[tuple[int, int], ...] | None = None,
+                 dtype: Any = "float32", factors: str = "accumulator", to: Callable[[np.ndarray], Any] | str = "numpy", examples: int = 100,
+                 seed: int = 0, time_limit: float = 60.0, factor: float = 1.0) -> Report:
+    """Look for a case in which `fn` is not the recurrence, or not the attention, that it is said to be.
 
     Parameters
     ----------
     fn
-        `fn(q, k, v, [g,] [beta,] [state])` gives out, or (out, final state): arrays in its own layout, of any library that NumPy can read
-        by `np.asarray` (or whose arrays have `detach` and `cpu`, as PyTorch's). What it raises, returns and writes to is part of what is judged.
+        `fn(q, k, v, [g,] [beta,] [state])` gives out, or (out, final state): arrays in its own layout, of any library that NumPy can read.
+        What it raises, returns and writes to is part of what is judged.
     rule
-        "linear", "gated", "delta" or "gated_delta", as of `refattn.recurrence`.
+        "linear", "gated", "delta" or "gated_delta", as of `refattn.recurrence`; "linear_attention" (φ = elu + 1 and the normaliser) or
+        "softmax_attention", as of `refattn`'s functions of these names, called with q, k and v.
     backward
-        `backward(dout, dstate, q, k, v, [g,] [beta,] [state])` gives the gradients of those inputs in this order, in their layouts; dstate
-        is missing where `states=False`. None: gradients are not judged.
+        `backward(dout, [dstate,] q, k, v, [g,] [beta,] [state])` gives the gradients of those inputs in this order, in their layouts; dstate
+        is missing where there are no states. "autodiff": the gradients that the library of `to` finds. None: gradients are not judged.
     layout
         The axes of q: "bhnd", "bnhd", or "bn(hd)" where heads lie in one axis with features. g and beta have the same without d.
     state_layout
         "bhdm", or "bhmd" for the transposed state.
     scale
-        The number by which the kernel multiplies its outputs (or its queries), or "1/sqrt(d)".
+        The number by which the kernel multiplies its outputs (or its scores), or "1/sqrt(d)". Of all but "linear_attention".
     decay
         "head" or "channel": one for each head, or for each of its key features too.
     decay_space
         "log" for g, "linear" for exp(g).
+    causal
+        Of the two attentions. False: there may be more keys than queries, or fewer.
+    eps
+        What "linear_attention" adds to its denominator.
     states
-        False: the kernel takes no initial state. (It may still return a final one.)
+        False: the kernel takes no initial state (it may still return a final one). By default True for the rules of the recurrence; the
+        attentions have none.
     grouped
         True: several query heads may share a key/value head.
     resets
         False: no decays of exactly 0 (g = -inf).
+    into
+        True: results are written into given memory. `fn` is called with the output, and the final state if there are states, behind its
+        inputs, `backward` with the gradients behind its own; what they return is not read. The memory is poisoned before.
+    contiguous
+        True: the kernel takes contiguous arrays alone, and says so to those who give it others.
+    multiple_of, widths
+        The numbers of positions and the pairs (D, M) that the kernel takes: by default any number, and small odd widths.
     dtype
         Of the arrays: "float16", "bfloat16", "float32" or "float64". Sums are expected in float32 for the half precisions.
+    factors
+        What queries, scores, weights and states are kept in where they enter a product: "accumulator", or "dtype" where they are rounded to
+        a half precision, as tensor cores want them; bounds are wider then and no case is exact.
     to
-        Makes the kernel's arrays from NumPy's, `torch.from_numpy` for example. It gets copies.
+        The library of the kernel's arrays, "numpy", "cupy", "jax", "mlx", "tensorflow" or "torch", or what makes such an array from NumPy's.
+        They are copies.
     examples
         How many cases each law is tried on, at most.
     seed, time_limit
@@ -123,14 +139,12 @@ def check_kernel(fn: Callable[..., Any], *, rule: str = "linear", backward: Call
     ValueError, TypeError
         For options that are not understood. Never for what the kernel does: that is in the report.
     ImportError
-        If Hypothesis is not installed, with the command that installs it.
+        If Hypothesis or the library of `to` is not installed.
 
     Notes
     -----
-    Laws, exact ones first: the outputs have the right shapes and dtypes and are those of the definition; inputs are left as they were; two calls
-    give the same bits; later positions do not reach earlier ones; sequences and heads do not reach one another; a sequence read in two parts
-    is the sequence; memory layout does not matter; gradients; then outputs and gradients of real numbers within their bounds, decays strong
-    and mild.
+    Laws, those of small integers first: see `refattn.testing.kernel_laws`, where each is a function. Of the right kernel all hold, whatever
+    the order in which it sums.
 
     Examples
     --------
@@ -139,36 +153,56 @@ def check_kernel(fn: Callable[..., Any], *, rule: str = "linear", backward: Call
     True
     >>> report = check_kernel(lambda q, k, v, state: refattn.recurrence(k, q, v, state=state), examples=20)
     >>> report.passed, report.failures[0].law
-    (False, 'definition, exact')
+    (False, 'definition, integers')
     """
-    check_choice("rule", rule, tuple(RULES))
+    check_choice("rule", rule, (*RULES, *ATTENTIONS))
     check_choice("layout", layout, tuple(LAYOUTS))
-    check_choice("state_layout", state_layout, ("bhdm", "bhmd"))
+    check_choice("state_layout", state_layout, tuple(STATE_LAYOUTS))
     check_choice("decay", decay, ("head", "channel"))
     check_choice("decay_space", decay_space, ("log", "linear"))
+    check_choice("factors", factors, ("accumulator", "dtype"))
     if isinstance(scale, str):
         check_choice("scale", scale, ("1/sqrt(d)",))
     else:
         scale = check_number("scale", scale)
     check_choice("dtype", str(dtype), ("float16", "bfloat16", "float32", "float64"))
+    attention = rule in ATTENTIONS
+    if attention and states:
+        raise ValueError(f"states: expected False or None with rule {rule!r}, whose state is not judged, got True")
+    if not attention and not causal:
+        raise ValueError(f"causal: expected True with rule {rule!r}, got False")
+    vjp = None
+    if isinstance(to, str):
+        check_choice("to", to, tuple(MAKE))
+    if isinstance(backward, str):
+        check_choice("backward", backward, ("autodiff",))
+        if into or not isinstance(to, str) or to not in VJP:
+            raise ValueError(f"backward: 'autodiff' goes with to={' or '.join(map(repr, VJP))} and without into, got to={to!r} and into={into!r}")
+        backward, vjp = None, VJP[to]
     if not callable(fn) or not (backward is None or callable(backward)):
-        raise TypeError("fn: expected a function of arrays, and for backward one too, or None")
-    kernel = Kernel(fn, backward, rule, layout, state_layout, scale, decay, decay_space, states, grouped, resets,
-                    _dtype(str(dtype)), to, check_number("factor", factor, least=0))
+        raise TypeError("fn: expected a function of arrays, and for backward one too, 'autodiff' or None")
+    kind = bfloat16() if str(dtype) == "bfloat16" else np.dtype(str(dtype))
+    kernel = Kernel(fn, backward, vjp, rule, layout, state_layout, scale, decay, decay_space, bool(causal), check_number("eps", eps, least=0),
+                    not attention if states is None else bool(states), grouped, resets, into, contiguous, check_positive("multiple_of", multiple_of),
+                    None if widths is None else tuple((check_positive("widths", D), check_positive("widths", M)) for D, M in widths), kind,
+                    factors == "dtype" and kind.itemsize == 2, MAKE[to] if isinstance(to, str) else to, check_number("factor", factor, least=0))
+    kernel.to(np.zeros(1, kind))                                                 # a library that is not there is told now, not in a report
     start, worst = time.monotonic(), [0.0]
     failures: list[Failure] = []
     counts: dict[str, int] = {}
     limit = start + check_number("time_limit", time_limit, least=0)
-    for law, exact, test in _laws(kernel):
+    for law, integers, test in laws(kernel):
         if time.monotonic() > limit or any(f.law.startswith("definition") for f in failures) and law not in WITHOUT_THE_DEFINITION:
             continue
-        failure, counts[law] = _search(kernel, law, exact, test, worst, check_positive("examples", examples), seed, limit)
+        failure, counts[law] = _search(kernel, law, integers, test, worst, check_positive("examples", examples), seed, limit)
         if failure is not None:
             failures.append(failure)
+            if failure.words.startswith("the call raised"):                      # so it will under every law
+                break
     return Report(not failures, counts, worst[0], kernel.factor, tuple(failures), time.monotonic() - start)
 
 
-def _search(kernel: Kernel, law: str, exact: bool, test: Test, worst: list[float], examples: int, seed: int,
+def _search(kernel: Kernel, law: str, integers: bool, test: Law, worst: list[float], examples: int, seed: int,
             limit: float) -> tuple[Failure | None, int]:
     """The smallest failure that was found, and how many cases were tried."""
     import hypothesis                                                            # that it is installed `strategies` has seen to
@@ -189,7 +223,7 @@ def _search(kernel: Kernel, law: str, exact: bool, test: Test, worst: list[float
     search: Any = hypothesis.seed(seed)(hypothesis.settings(
         max_examples=examples, deadline=None, database=None, report_multiple_bugs=False, suppress_health_check=list(hypothesis.HealthCheck),
         phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink], verbosity=hypothesis.Verbosity.quiet)(
-            given(_cases(kernel, exact))(run)))
+            given(_cases(kernel, integers))(run)))
     try:
         search()
     except (_Found, hypothesis.errors.Flaky):                                    # flaky: the limit came while a case was made smaller
@@ -198,15 +232,16 @@ def _search(kernel: Kernel, law: str, exact: bool, test: Test, worst: list[float
         return None, count[0]
     least = min(found, key=lambda failure: sum(x.size for x in failure.case[:6] if x is not None))
     guess = _guess(kernel, least, test)                                          # of heads and sequences, before they are taken away
-    return _least(kernel, least, test)._replace(guess=guess), count[0]
+    least = _least(kernel, least, test)
+    return least._replace(guess=guess, code=case_code(kernel, least.case, least.law.startswith(("gradients", "expanded")))), count[0]
 
 
-def _least(kernel: Kernel, failure: Failure, test: Test) -> Failure:
+def _least(kernel: Kernel, failure: Failure, test: Law) -> Failure:
     """A part of the case that still fails and of which no part does, as far as a few seconds reach."""
     limit, again = time.monotonic() + 5, True
     while again and time.monotonic() < limit:
         again = False
-        for part in _parts(failure.case):
+        for part in _parts(kernel, failure.case):
             smaller = _tried(kernel, failure.law, test, part, [0.0])
             if smaller is not None:
                 failure, again = smaller, True
@@ -214,26 +249,29 @@ def _least(kernel: Kernel, failure: Failure, test: Test) -> Failure:
     return failure
 
 
-def _parts(case: Case) -> Iterator[Case]:
-    """One sequence, one key head with its queries, half the positions or one less, one feature, no state."""
-    (B, H, N, D), M, G = case.k.shape, case.v.shape[-1], case.q.shape[1] // case.k.shape[1]
+def _parts(kernel: Kernel, case: Case) -> Iterator[Case]:
+    """One sequence, one key head with its queries, half the positions or fewer by the least number, one feature, no state."""
+    (B, H, _, D), M, G = case.k.shape, case.v.shape[-1], case.q.shape[1] // case.k.shape[1]
     for i in {0, B - 1} if B > 1 else ():
         yield case.each(lambda name, x, i=i: x[i: i + 1])                                                               # type: ignore[misc]
     for i in {0, H - 1} if H > 1 else ():
         yield case.each(lambda name, x, i=i: x[:, i * G: (i + 1) * G] if name in ("q", "dout") else x[:, i: i + 1])     # type: ignore[misc]
-    for n in {N // 2, N - 1} if N > 1 else ():
-        for rows in (slice(n), slice(N - n, None)):
-            yield case.each(lambda name, x, rows=rows: x if name in ("state", "dstate") else x[:, :, rows])             # type: ignore[misc]
-    if M > 1:
+    at_once = (("q", "k", "v", "g", "beta", "dout"),) if kernel.causal else (("q", "dout"), ("k", "v"))
+    for names in at_once:
+        N, least = case._asdict()[names[0]].shape[2], kernel.multiple_of
+        for n in {N // least // 2 * least, N - least} - {0} if N > least else ():
+            for rows in (slice(n), slice(N - n, None)):
+                yield case.each(lambda name, x, names=names, rows=rows: x[:, :, rows] if name in names else x)          # type: ignore[misc]
+    if M > 1 and kernel.widths is None:
         yield case.each(lambda name, x: x[..., :1] if name in ("v", "dout", "state", "dstate") else x)
-    if D > 1:
+    if D > 1 and kernel.widths is None:
         yield case.each(lambda name, x: x[..., :1] if name in ("q", "k") or name == "g" and x.ndim == 4 else
                         x[:, :, :1] if name in ("state", "dstate") else x)
     if case.state is not None and case.state.any():
         yield case._replace(state=np.zeros_like(case.state))
 
 
-def _tried(kernel: Kernel, law: str, test: Test, case: Case, worst: list[float]) -> Failure | None:
+def _tried(kernel: Kernel, law: str, test: Law, case: Case, worst: list[float]) -> Failure | None:
     try:
         words = test(kernel, case, worst)
     except Told as told:
@@ -241,22 +279,27 @@ def _tried(kernel: Kernel, law: str, test: Test, case: Case, worst: list[float])
     return None if words is None else Failure(law, words, case)
 
 
-def _cases(kernel: Kernel, exact: bool) -> Any:
+def _cases(kernel: Kernel, integers: bool) -> Any:
     """Of `strategies`, as Case: leading axes become one, and there is at least one position."""
     from hypothesis import strategies as st
 
+    attention = kernel.rule in ATTENTIONS
+    longest = 20 if "delta" in kernel.rule else 70
+    sizes = strategies.dims(cross=not kernel.causal, edges=(1, 3, 4, 5, 7, 8, 9) if longest == 20 else (1, 31, 32, 33), longest=longest, shortest=1,
+                            multiple_of=kernel.multiple_of, widths=kernel.widths)
+
     @st.composite
     def draw_case(draw: Any) -> Case:
-        if kernel.rule == "linear":
-            c = draw(strategies.cases(dtype=kernel.dtype, exact=exact, longest=70).filter(lambda c: c.dims.N > 0))
+        if attention or kernel.rule == "linear":
+            c = draw(strategies.cases(dtype=kernel.dtype, exact=integers, sizes=sizes))
             g = beta = None
         else:
             mixtures = tuple(name for name, weights in strategies.MIXTURES.items() if kernel.resets or not weights[-1])
-            c = draw(strategies.rule_cases(kernel.rule, dtype=kernel.dtype, exact=exact, channels=kernel.decay == "channel", mixtures=mixtures,
-                                           longest=70 if kernel.rule == "gated" else 20).filter(lambda c: c.dims.N > 0))
+            c = draw(strategies.rule_cases(kernel.rule, dtype=kernel.dtype, exact=integers, channels=kernel.decay == "channel", mixtures=mixtures,
+                                           sizes=sizes))
             g, beta = c.g, c.beta
         d = c.dims
-        B, H, G, N = math.prod(d.lead), d.H, d.G if kernel.grouped else 1, d.N
+        B, H, G, N, L = math.prod(d.lead), d.H, d.G if kernel.grouped else 1, d.N, d.L
         rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
 
         def fit(x: Any, *shape: int) -> Any:
@@ -267,240 +310,29 @@ def _cases(kernel: Kernel, exact: bool) -> Any:
             assert x.shape == (B, *shape)
             return x
 
-        if exact and g is not None and not kernel.resets:
+        if integers and g is not None and not kernel.resets:
             g = np.zeros_like(g)
-        dyadic = math.frexp(scale_of(kernel, d.D))[0] in (0.5, -0.5, 0.0)                 # else it rounds, in one place or in another
         with_state = kernel.states and bool(rng.integers(4))
-        return Case(fit(c.q, H * G, N, d.D), fit(c.k, H, N, d.D), fit(c.v, H, N, d.M), fit(g, H, N, *([d.D] if kernel.decay == "channel" else [])),
+        case = Case(fit(c.q, H * G, N, d.D), fit(c.k, H, L, d.D), fit(c.v, H, L, d.M), fit(g, H, N, *([d.D] if kernel.decay == "channel" else [])),
                     fit(beta, H, N), fit(c.state, H, d.D, d.M) if with_state else None, fit(c.dout, H * G, N, d.M),
-                    fit(c.dstate, H, d.D, d.M), exact and dyadic)
+                    fit(c.dstate, H, d.D, d.M), False)
+        if kernel.rule == "linear_attention" and integers:                       # φ(x) = x + 1 of these, without rounding
+            case = case._replace(q=np.abs(case.q), k=np.abs(case.k))
+        if kernel.rule == "softmax_attention" and draw(st.booleans()):
+            if integers:
+                q, k = strategies.clear_cut(d, scale_of(kernel, case), rng)
+                case = case._replace(q=fit(q, H * G, N, d.D).astype(kernel.dtype), k=fit(k, H, L, d.D).astype(kernel.dtype))
+            else:
+                case = case._replace(q=case.q * case.q.dtype.type(8))            # one key, or few, for each query
+        dyadic = math.frexp(scale_of(kernel, case))[0] in (0.5, -0.5, 0.0)       # else it rounds, in one place or in another
+        return case._replace(exact=integers and dyadic and not attention and not kernel.rounds)
 
     return draw_case()
 
 
-# --- laws --------------------------------------------------------------------------------------------------------------------------------
-
-def _laws(kernel: Kernel) -> Iterator[tuple[str, bool, Test]]:
-    """(name, exact, test): a test gives words for what is wrong, or None."""
-    yield "definition, exact", True, _law_definition
-    yield "untouched inputs", True, _law_untouched
-    yield "same bits twice", True, _law_twice
-    yield "no future in the past", True, _law_causal
-    yield "sequences and heads apart", True, _law_apart
-    if kernel.states:
-        yield "in two parts", True, _law_parts
-    yield "any strides", True, _law_strides
-    if kernel.backward is not None:
-        yield "gradients, exact", True, _law_gradients
-        yield "expanded cotangent", True, _law_expanded
-    yield "definition, rounded", False, _law_definition
-    if kernel.backward is not None:
-        yield "gradients, rounded", False, _law_gradients
-
-
-def _law_definition(kernel: Kernel, case: Case, worst: list[float]) -> str | None:
-    out, state = call(kernel, case)
-    expected = oracle.full_recurrence(*case.inputs, scale=scale_of(kernel, case.q.shape[-1]))
-    bounds = (None, None) if case.exact else _bounds(kernel, case)
-    return (_compare("out", out, expected[0], bounds[0], kernel, worst) or
-            (None if state is None else _compare("state", state, expected[1], bounds[1], kernel, worst)))
-
-
-def _law_untouched(kernel: Kernel, case: Case, worst: list[float]) -> str | None:
-    arrays = [np.ascontiguousarray(x) for x in given_arrays(kernel, case)]
-    theirs = [kernel.to(x.copy()) for x in arrays]
-    try:
-        kernel.fn(*theirs)
-    except Exception as error:
-        raise Told(f"the call raised {type(error).__name__}: {error}") from None
-    names = [name for name, x in zip(NAMES, case.inputs, strict=True) if x is not None or name == "state" and kernel.states]
-    for name, x, y in zip(names, arrays, theirs, strict=True):
-        if not np.array_equal(read_result(name, y, x.shape, None), x, equal_nan=True):
-            return f"{name}: the call wrote to it"
-    return None
-
-
-def _law_twice(kernel: Kernel, case: Case, worst: list[float]) -> str | None:
-    first, again = call(kernel, case), call(kernel, case)
-    return _same("out, called again", again[0], first[0]) or (None if first[1] is None or again[1] is None else
-                                                               _same("state, called again", again[1], first[1]))
-
-
-def _law_causal(kernel: Kernel, case: Case, worst: list[float]) -> str | None:
-    at = case.q.shape[2] // 2
-    sign: Callable[[str], int] = lambda name: 1 if name in ("g", "beta") else -1
-    later = case.each(lambda name, x: x if name in ("state", "dstate") else np.concatenate(
-        [x[:, :, :at], x[:, :, at:][:, :, ::-1] * x.dtype.type(sign(name))], axis=2))
-    return _same(f"out before position {at}, with other positions from there on", call(kernel, later)[0][:, :, :at],
-                 call(kernel, case)[0][:, :, :at], _slack(kernel, case)[0][:, :, :at])
-
-
-def _law_apart(kernel: Kernel, case: Case, worst: list[float]) -> str | None:
-    (out, _), (slack, _) = call(kernel, case), _slack(kernel, case)
-    B, H, G = case.q.shape[0], case.k.shape[1], case.q.shape[1] // case.k.shape[1]
-    for b, h in {(0, 0), (B - 1, H - 1)}:
-        queries = slice(h * G, (h + 1) * G)
-        alone = case.each(lambda name, x, b=b, h=h, queries=queries: x[b: b + 1, queries if name in ("q", "dout") else slice(h, h + 1)])  # type: ignore[misc]
-        words = _same(f"out of sequence {b} and head {h} alone", call(kernel, alone)[0], out[b: b + 1, queries],
-                      slack[b: b + 1, queries])
-        if words:
-            return words
-    return None
-
-
-def _law_parts(kernel: Kernel, case: Case, worst: list[float]) -> str | None:
-    N = case.q.shape[2]
-    out, state = call(kernel, case)
-    if state is None or N < 2:
-        return None
-    slack, slack_state = _slack(kernel, case)
-    at = 1 + N // 3
-
-    def cut(rows: slice, start: np.ndarray | None) -> Case:
-        return case.each(lambda name, x: x if name in ("state", "dstate") else x[:, :, rows])._replace(state=start)
-
-    first, middle = call(kernel, cut(slice(at), case.state))
-    assert middle is not None
-    second, end = call(kernel, cut(slice(at, None), middle))
-    return (_same(f"out of positions up to {at}, read first", first, out[:, :, :at], slack[:, :, :at]) or
-            _same(f"out from position {at} on, read from the state before it", second, out[:, :, at:], slack[:, :, at:]) or
-            (None if end is None else _same("state, read in two parts", end, state, slack_state)))
-
-
-def _law_strides(kernel: Kernel, case: Case, worst: list[float]) -> str | None:
-    rng, contiguous = np.random.default_rng(case.q.size), call(kernel, case)[0]
-    awkward = [strategies.strided(np.ascontiguousarray(x), rng) for x in given_arrays(kernel, case)]
-    for x in awkward:                                                            # PyTorch and others refuse what cannot be written to, and
-        if any(step < 0 for step in x.strides):                                  # negative steps
-            return None
-        x.flags.writeable = True
-    return _same("out, for inputs that are not contiguous", call(kernel, case, awkward)[0], contiguous, _slack(kernel, case)[0])
-
-
-def _law_gradients(kernel: Kernel, case: Case, worst: list[float]) -> str | None:
-    found = call_backward(kernel, case)
-    state = case.state
-    if state is None and kernel.states:
-        state = np.zeros((*case.k.shape[:2], case.k.shape[-1], case.v.shape[-1]))
-    wide: list[Any] = [None if x is None else x.astype(np.float64) for x in (*case.inputs[:5], state)]
-    dstate = case.dstate.astype(np.float64) if kernel.states else None
-    _, pullback = recurrence_vjp(*wide, rule=kernel.rule, scale=scale_of(kernel, case.q.shape[-1]))
-    expected = dict(zip(NAMES, pullback(case.dout.astype(np.float64), dstate), strict=True))
-    bounds: dict[str, Any] = {} if case.exact else _gradient_bounds(kernel, case._replace(state=state))
-    for name, d in found.items():
-        exact = expected[name]
-        bound = bounds.get(name)
-        if name == "g" and kernel.decay_space == "linear":                       # dL/da = dL/dg / a
-            a = np.exp(case.g.astype(np.float64))                                # type: ignore[union-attr]
-            if (a == 0).any():
-                continue
-            exact, bound = exact / a, None if bound is None else bound / a + 4 * unit_roundoff(accumulator(kernel.dtype)) * np.abs(exact / a)
-        words = _compare(f"d{name}", d, exact, bound, kernel, worst)
-        if words:
-            return words
-    return None
-
-
-def _law_expanded(kernel: Kernel, case: Case, worst: list[float]) -> str | None:
-    """`out.sum().backward()` and its like give a cotangent whose strides are 0."""
-    whole = np.ascontiguousarray(LAYOUTS[kernel.layout][0](case.dout))
-    expanded = np.lib.stride_tricks.as_strided(whole, whole.shape, (*whole.strides[:-1], 0))      # PyTorch refuses what may not be written to
-    expected, found = (call_backward(kernel, case, dout) for dout in (np.ascontiguousarray(expanded), expanded))
-    for name, d in found.items():
-        words = _same(f"d{name}, for a cotangent with a stride of 0", d, expected[name], 0.0 if case.exact else np.inf)
-        if words:
-            return words
-    return None
-
-
-# --- how far off it may be -----------------------------------------------------------------------------------------------------------------
-
-def _slack(kernel: Kernel, case: Case) -> tuple[Any, Any]:
-    """Bounds of out and state, and zeros where the case is exact."""
-    return (np.zeros(case.dout.shape), np.zeros(case.dstate.shape)) if case.exact else _bounds(kernel, case)
-
-
-def _bounds(kernel: Kernel, case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Of out and state: the widest of the forms there are, chunks of any size, scans and loops."""
-    q, k, v, g, beta, *_ = case
-    state = np.zeros((*case.k.shape[:2], case.k.shape[-1], case.v.shape[-1])) if case.state is None else case.state
-    if kernel.rule == "linear":
-        b = recurrence_budget(case.q, case.k, case.v, state, case.dout, case.dstate, scale=scale_of(kernel, case.q.shape[-1]), dtype=kernel.dtype)
-        return b.out + _more(kernel, case, b.out), b.S + _more(kernel, case, b.S)
-    acc = accumulator(kernel.dtype)
-    out, end = loop_budget(q, k, v, g, beta, state, scale=scale_of(kernel, case.q.shape[-1]), dtype=acc.name)
-    exact_out, exact_end = oracle.full_recurrence(q, k, v, g, beta, state, scale=scale_of(kernel, case.q.shape[-1]))
-    out, end = out + rounding(exact_out, kernel.dtype), end + rounding(exact_end, acc)
-    for chunk in (1, 16, 64, None):
-        b2 = rules_budget(q, k, v, g, beta, state, case.dout, case.dstate, scale=scale_of(kernel, case.q.shape[-1]), dtype=kernel.dtype, chunk=chunk)
-        out, end = np.maximum(out, b2.out + _more(kernel, case, b2.out)), np.maximum(end, b2.S + _more(kernel, case, b2.S))
-    return out, end
-
-
-def _gradient_bounds(kernel: Kernel, case: Case) -> dict[str, np.ndarray]:
-    dstate = case.dstate if kernel.states else np.zeros_like(case.dstate)
-    state = np.zeros(case.dstate.shape) if case.state is None else case.state
-    if kernel.rule == "linear":
-        b = recurrence_budget(case.q, case.k, case.v, state, case.dout, dstate, scale=scale_of(kernel, case.q.shape[-1]), dtype=kernel.dtype)
-        return {name: x + _more(kernel, case, x) for name, x in (("q", b.dq), ("k", b.dk), ("v", b.dv), ("state", b.dS))}
-    bounds: dict[str, np.ndarray] = {}
-    for chunk in (1, 16, 64, None):
-        b2 = rules_budget(case.q, case.k, case.v, case.g, case.beta, state, case.dout, dstate, scale=scale_of(kernel, case.q.shape[-1]),
-                          dtype=kernel.dtype, chunk=chunk)
-        for name, x in (("q", b2.dq), ("k", b2.dk), ("v", b2.dv), ("g", b2.dg), ("beta", b2.dbeta), ("state", b2.dS)):
-            if x is not None:
-                bounds[name] = np.maximum(bounds.get(name, 0.0), x + _more(kernel, case, x))
-    return bounds
-
-
-def _more(kernel: Kernel, case: Case, bound: np.ndarray) -> np.ndarray:
-    """What differences of cumulated logarithms add, by which many kernels weigh a pair of positions: exp(G_t - G_j) is off by the roundings of
-    both sums, up to 2 |G| N of them beside the n that `bound` counts; and a kernel may scale its queries before, which is one rounding more."""
-    n = 2 * (case.q.shape[2] + case.k.shape[-1] + case.v.shape[-1] + 4)
-    extra = 2.0
-    if case.g is not None:
-        finite = np.where(np.isfinite(case.g), case.g, 0).astype(np.float64)
-        extra += 4 * float(np.abs(np.cumsum(finite, axis=2)).max(initial=0.0)) * (1 + np.log2(case.q.shape[2] + 1))
-    return bound * (extra / n)
-
-
-def _compare(name: str, x: np.ndarray, expected: np.ndarray, bound: np.ndarray | None, kernel: Kernel, worst: list[float]) -> str | None:
-    """Words for the worst element, or None if all are right: equal where there is no bound, else within it."""
-    wide, exact = x.astype(np.float64), expected.astype(np.float64)
-    if bound is None:
-        return _same(name, wide, exact.astype(x.dtype).astype(np.float64))       # sums are exact, what comes out is rounded once to half a float
-    bound = kernel.factor * np.broadcast_to(bound, exact.shape)
-    with np.errstate(all="ignore"):
-        error = np.where(wide == exact, 0.0, np.abs(wide - exact))
-        ratio = np.where(error == 0, 0.0, np.where(np.isfinite(error), error / bound, np.inf))
-    if not ratio.size:
-        return None
-    if ratio.max() <= 1:
-        worst[0] = max(worst[0], float(ratio.max()))
-        return None
-    at = tuple(int(i) for i in np.unravel_index(np.argmax(ratio), ratio.shape))
-    finite = np.isfinite(wide)
-    rms = float(np.sqrt(np.mean(np.where(finite, wide - exact, 0) ** 2) / max(float(np.mean(exact**2)), 1e-300)))
-    return (f"{name}{list(at)}: got {float(wide[at])!r}, expected {float(exact[at])!r}; the error is {ratio[at]:.3g} times its bound "
-            f"{bound[at]:.3g}. "
-            f"{int((ratio > 1).sum())} of {ratio.size} elements are off, {int((~finite).sum())} are not finite; largest error "
-            f"{float(np.where(finite, error, 0).max()):.3g}, relative RMS {rms:.3g}")
-
-
-def _same(name: str, x: np.ndarray, expected: np.ndarray, twice: Any = 0.0) -> str | None:
-    """Words for the first element that differs; by more than twice a bound, where a scale that rounds keeps exact cases from being exact."""
-    with np.errstate(invalid="ignore"):
-        near = np.abs(x.astype(np.float64) - expected.astype(np.float64)) <= 2 * twice
-        wrong = np.argwhere(~((x == expected) | np.isnan(x) & np.isnan(expected) | near))
-    if not len(wrong):
-        return None
-    at = tuple(int(i) for i in wrong[0])
-    return f"{name}{list(at)}: got {float(x[at])!r}, expected {float(expected[at])!r}; {len(wrong)} of {x.size} elements differ"
-
-
 # --- what is told ------------------------------------------------------------------------------------------------------------------------
 
-def _guess(kernel: Kernel, failure: Failure, test: Test) -> str:
+def _guess(kernel: Kernel, failure: Failure, test: Law) -> str:
     """From where it goes wrong in the smallest case, and from whether it still does in simpler ones."""
     case: Case = failure.case
 
@@ -523,13 +355,15 @@ def _guess(kernel: Kernel, failure: Failure, test: Test) -> str:
         clues.append("only with g = -inf")
     elif case.g is not None and not fails(case._replace(g=np.zeros_like(case.g))):
         clues.append("only with decay")
+    if case.k.shape[2] != case.q.shape[2] and not fails(_square(case)):
+        clues.append("only with more or fewer keys than queries")
     if failure.law.startswith("definition"):
         try:
             out = call(kernel, case)[0].astype(np.float64)
         except Told:
             return ", ".join(clues)
-        expected = oracle.full_recurrence(*case.inputs, scale=scale_of(kernel, case.q.shape[-1]))[0]
-        bound = 0 if case.exact else _bounds(kernel, case)[0] * kernel.factor
+        expected = definition(kernel, case)[0]
+        bound = 0 if case.exact else bounds(kernel, case)[0] * kernel.factor
         with np.errstate(all="ignore"):
             rows = np.flatnonzero((~(np.abs(out - expected) <= bound)).any((0, 1, 3)))
         N = case.q.shape[2]
@@ -540,39 +374,42 @@ def _guess(kernel: Kernel, failure: Failure, test: Test) -> str:
                 clues.append("only the first position")
             elif rows[0] > 0:
                 clues.append(f"only from position {rows[0]} on")
-        if scale_of(kernel, case.q.shape[-1]) == 1 and case.exact and out.any():
+        if scale_of(kernel, case) == 1 and case.exact and out.any():
             ratio = out[expected != 0] / expected[expected != 0]
             if len(ratio) and np.allclose(ratio, ratio[0]) and abs(ratio[0] - 1) > 1e-6 and np.isfinite(ratio[0]):
                 clues.append(f"all outputs are {ratio[0]:.6g} times what they should be: another scale")
     return ", ".join(clues)
 
 
-def case_code(case: Case) -> str:
-    """A case as Python: arrays in the layout (B, H, N, …), and the right answer.
+def _square(case: Case) -> Case:
+    """As many keys as queries."""
+    n = min(case.q.shape[2], case.k.shape[2])
+    return case.each(lambda name, x: x if name in ("state", "dstate") else x[:, :, :n])
 
-    >>> one = np.ones((1, 1, 1, 1), np.float32)
-    >>> print(case_code(Case(one, one, one, None, None, None, one, one, True)))
-    import numpy as np, refattn.oracle
-    q = np.array([[[[1.0]]]], 'float32')
-    k = np.array([[[[1.0]]]], 'float32')
-    v = np.array([[[[1.0]]]], 'float32')
-    out, end = refattn.oracle.full_recurrence(q, k, v)
-    """
-    lines, names = ["import numpy as np, refattn.oracle"], []
+
+def case_code(kernel: Kernel, case: Case, backward: bool = False) -> str:
+    """A case as Python that can be run: arrays in the layout (B, H, N, …), the right answer in float64, and where `backward` the right gradients."""
+    lines, names = ["import numpy as np, refattn, refattn.oracle"], []
     for name, x in zip((*NAMES, "dout", "dstate"), case[:8], strict=True):
-        if x is None or name in ("dout", "dstate") and not np.any(x != 1):
+        if x is None or name in ("dout", "dstate") and not (backward and (name == "dout" or kernel.states)):
             continue
         numbers = repr(x.astype(np.float64).tolist()).replace("inf", "np.inf")
-        lines.append(f"{name} = np.array({numbers}, {x.dtype.name!r})")
-        names.append(f"{name}={name}" if name in ("g", "beta", "state") else name)
-    return "\n".join([*lines, f"out, end = refattn.oracle.full_recurrence({', '.join(n for n in names if n not in ('dout', 'dstate'))})"])
-
-
-def _dtype(name: str) -> np.dtype:
-    if name != "bfloat16":
-        return np.dtype(name)
-    try:
-        import ml_dtypes
-    except ImportError:
-        raise missing_extra("ml_dtypes", "bf16") from None
-    return np.dtype(ml_dtypes.bfloat16)
+        kind = "np.float64" if x.dtype.name == "bfloat16" else repr(x.dtype.name)                   # its values, exactly
+        lines.append(f"{name} = np.array({numbers}, {kind})")
+        names.append(name)
+    s = scale_of(kernel, case)
+    given = [name for name in names if name not in ("dout", "dstate")]
+    if kernel.rule in ATTENTIONS:
+        more = f"causal={kernel.causal}, " + (f"scale={s!r}" if kernel.rule == "softmax_attention" else f"eps={kernel.eps!r}")
+        lines.append(f"out = refattn.oracle.{kernel.rule}(q, k, v, {more})")
+        if backward:
+            lines.append(f"_, back = refattn.vjp(refattn.{kernel.rule}, *(x.astype(float) for x in (q, k, v)), {more})")
+    else:
+        lines.append(f"out, end = refattn.oracle.full_recurrence({', '.join(n if n in 'qkv' else f'{n}={n}' for n in given)}, scale={s!r})")
+        if backward:
+            six = ", ".join(n if n in names else "None" for n in NAMES)
+            lines.append(f"_, back = refattn.vjp(refattn.recurrence, *(x if x is None else x.astype(float) for x in ({six})), "
+                         f"rule={kernel.rule!r}, scale={s!r})")
+    if backward:
+        lines.append(f"gradients = back({', '.join(f'{n}.astype(float)' for n in names if n in ('dout', 'dstate'))})")
+    return "\n".join(lines)

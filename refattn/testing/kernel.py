@@ -6,33 +6,52 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .. import oracle
 from .._array import accumulator
+from ..attention import linear_attention_vjp
+from ..rules import recurrence_vjp
+from ..softmax import softmax_attention_vjp
+from .frameworks import Function, to_numpy
 
 NAMES = ("q", "k", "v", "g", "beta", "state")
+ATTENTIONS = ("linear_attention", "softmax_attention")
 
 
 class Kernel(NamedTuple):
-    """The callable, and how it wants its arrays."""
+    """The callable, and how it wants its arrays: the arguments of `check_kernel`, understood."""
 
-    fn: Callable[..., Any]
-    backward: Callable[..., Any] | None
+    fn: Function
+    backward: Function | None
+    vjp: Function | None
     rule: str
     layout: str
     state_layout: str
     scale: float | str
     decay: str
     decay_space: str
+    causal: bool
+    eps: float
     states: bool
     grouped: bool
     resets: bool
+    into: bool
+    contiguous: bool
+    multiple_of: int
+    widths: tuple[tuple[int, int], ...] | None
     dtype: np.dtype
+    rounds: bool
     to: Callable[[np.ndarray], Any]
     factor: float
 
+    @property
+    def gradients(self) -> bool:
+        return self.backward is not None or self.vjp is not None
+
 
 class Case(NamedTuple):
-    """One call: q (B, Hq, N, D), k (B, H, N, D), v (B, H, N, M), g (B, H, N) or (B, H, N, D), beta (B, H, N), state (B, H, D, M), and the
-    cotangents of what comes out. None: the rule has no such input, or the kernel is called without a state."""
+    """One call: q (B, Hq, N, D), k (B, H, L, D), v (B, H, L, M), g (B, H, N) or (B, H, N, D), beta (B, H, N), state (B, H, D, M), and the
+    cotangents of what comes out. None: the rule has no such input, or the kernel is called without a state. L is N but for attention that is
+    not causal."""
 
     q: np.ndarray
     k: np.ndarray
@@ -44,6 +63,9 @@ class Case(NamedTuple):
     dstate: np.ndarray
     exact: bool
 
+    def __repr__(self) -> str:
+        return f"Case(q {self.q.shape}, k {self.k.shape}, v {self.v.shape}, {self.q.dtype})"
+
     @property
     def inputs(self) -> list[np.ndarray | None]:
         return list(self[:6])
@@ -52,6 +74,34 @@ class Case(NamedTuple):
         """f of the name and the array, of every array that there is."""
         changed: list[Any] = [None if x is None else f(name, x) for name, x in zip(self._fields[:8], self[:8], strict=True)]
         return Case._make([*changed, self.exact])
+
+
+# --- the right answer ----------------------------------------------------------------------------------------------------------------------
+
+def definition(kernel: Kernel, case: Case) -> tuple[np.ndarray, np.ndarray | None]:
+    """(out, final state or None) in float64, by `refattn.oracle`."""
+    if kernel.rule == "softmax_attention":
+        return oracle.softmax_attention(case.q, case.k, case.v, causal=kernel.causal, scale=scale_of(kernel, case)), None
+    if kernel.rule == "linear_attention":
+        return oracle.linear_attention(case.q, case.k, case.v, causal=kernel.causal, eps=kernel.eps), None
+    return oracle.full_recurrence(*case.inputs, scale=scale_of(kernel, case))
+
+
+def gradients(kernel: Kernel, case: Case) -> dict[str, np.ndarray]:
+    """Of every input, in float64, by the library's own backward, which its laws hold to the definition."""
+    q, k, v, g, beta, state = (None if x is None else x.astype(np.float64) for x in case.inputs)
+    dout = case.dout.astype(np.float64)
+    if kernel.rule in ATTENTIONS:
+        _, back = (softmax_attention_vjp(q, k, v, causal=kernel.causal, scale=scale_of(kernel, case)) if kernel.rule == "softmax_attention" else
+                   linear_attention_vjp(q, k, v, causal=kernel.causal, eps=kernel.eps))
+        return dict(zip(NAMES, back(dout), strict=False))
+    state = np.zeros(case.dstate.shape) if state is None and kernel.states else state
+    _, pullback = recurrence_vjp(q, k, v, g, beta, state, rule=kernel.rule, scale=scale_of(kernel, case))
+    return dict(zip(NAMES, pullback(dout, case.dstate.astype(np.float64) if kernel.states else None), strict=True))
+
+
+def scale_of(kernel: Kernel, case: Case) -> float:
+    return case.q.shape[-1] ** -0.5 if isinstance(kernel.scale, str) else kernel.scale
 
 
 # --- calling it --------------------------------------------------------------------------------------------------------------------------
@@ -66,10 +116,12 @@ LAYOUTS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarra
     "bn(hd)": (lambda x: np.moveaxis(x, 1, 2).reshape(x.shape[0], x.shape[2], -1),
                lambda x, heads: np.moveaxis(x.reshape(*x.shape[:2], heads, -1), 2, 1)),
 }
+STATE_LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"bhdm": lambda x: x, "bhmd": lambda x: x.swapaxes(-1, -2)}
 
 
-def scale_of(kernel: Kernel, D: int) -> float:
-    return D**-0.5 if isinstance(kernel.scale, str) else kernel.scale
+def input_names(kernel: Kernel, case: Case) -> list[str]:
+    """Of what the kernel is called with."""
+    return [name for name, x in zip(NAMES, case.inputs, strict=True) if x is not None or name == "state" and kernel.states]
 
 
 def given_arrays(kernel: Kernel, case: Case) -> list[np.ndarray]:
@@ -85,54 +137,64 @@ def given_arrays(kernel: Kernel, case: Case) -> list[np.ndarray]:
         arrays.append(few(g) if g.ndim == 3 else there(g))
     if case.beta is not None:
         arrays.append(few(case.beta))
-    if case.state is not None:
-        arrays.append(case.state.swapaxes(-1, -2) if kernel.state_layout == "bhmd" else case.state)
-    elif kernel.states:
-        shape = (*case.k.shape[:2], case.k.shape[-1], case.v.shape[-1])
-        arrays.append(np.zeros(shape if kernel.state_layout == "bhdm" else (*shape[:2], shape[3], shape[2]), accumulator(case.q.dtype)))
+    if kernel.states:
+        state = np.zeros(case.dstate.shape, accumulator(case.q.dtype)) if case.state is None else case.state
+        arrays.append(STATE_LAYOUTS[kernel.state_layout](state))
     return arrays
 
 
-def call(kernel: Kernel, case: Case, given: list[np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray | None]:
-    """(out, state or None) in our layout; Told where it cannot be understood."""
-    arrays = [np.ascontiguousarray(x) for x in given_arrays(kernel, case)] if given is None else given
+def _copied(arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """A kernel that writes to its inputs writes to these."""
+    return [np.array(x, order="C") for x in arrays]
+
+
+def _called(what: str, fn: Function, kernel: Kernel, arrays: list[np.ndarray], written: list[tuple[tuple[int, ...], Any]], poison: float) -> Any:
+    """What comes back; where the kernel writes into given memory, that memory, with `poison` in it before the call."""
+    inputs = [kernel.to(x) for x in arrays]
+    memory = [kernel.to(np.full(shape, poison, dtype)) for shape, dtype in written] if kernel.into else []
     try:
-        found = kernel.fn(*(kernel.to(x) for x in arrays))
+        found = fn(*inputs, *memory)
     except Exception as error:
-        raise Told(f"the call raised {type(error).__name__}: {error}") from None
-    out, state = found if isinstance(found, (tuple, list)) and len(found) == 2 else (found, None)
-    B, heads, N, _ = case.q.shape
-    M = case.v.shape[-1]
-    shape = {"bhnd": (B, heads, N, M), "bnhd": (B, N, heads, M), "bn(hd)": (B, N, heads * M)}[kernel.layout]
-    H, D = case.k.shape[1], case.k.shape[-1]
-    out = LAYOUTS[kernel.layout][1](read_result("out", out, shape, kernel.dtype), heads)
-    if state is None:
+        raise Told(f"{what} raised {type(error).__name__}: {error}") from None
+    return memory if kernel.into else found
+
+
+def call(kernel: Kernel, case: Case, given: list[np.ndarray] | None = None, poison: float = np.nan) -> tuple[np.ndarray, np.ndarray | None]:
+    """(out, state or None) in our layout; Told where it cannot be understood. `given`: these very arrays, in the kernel's layout."""
+    there, back = LAYOUTS[kernel.layout]
+    end = STATE_LAYOUTS[kernel.state_layout]
+    acc = accumulator(kernel.dtype)
+    written = [(there(case.dout).shape, kernel.dtype), *([(end(case.dstate).shape, acc)] if kernel.states else [])]
+    found = _called("the call", kernel.fn, kernel, _copied(given_arrays(kernel, case)) if given is None else given, written, poison)
+    out, state = found if isinstance(found, (tuple, list)) and len(found) == 2 else (found[0], None) if kernel.into else (found, None)
+    out = back(read_result("out", out, written[0][0], kernel.dtype), case.q.shape[1])
+    if state is None or kernel.rule in ATTENTIONS:                               # beside an attention's output may stand anything
         return out, None
-    state = read_result("state", state, (B, H, D, M) if kernel.state_layout == "bhdm" else (B, H, M, D), None)
-    return out, state if kernel.state_layout == "bhdm" else state.swapaxes(-1, -2)
+    return out, end(read_result("state", state, end(case.dstate).shape, None))
 
 
-def call_backward(kernel: Kernel, case: Case, dout: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def call_backward(kernel: Kernel, case: Case, dout: np.ndarray | None = None, poison: float = np.nan) -> dict[str, np.ndarray]:
     """Gradients in our layout by name. `dout`: this very array, in the kernel's layout, in place of the case's."""
     there, back = LAYOUTS[kernel.layout]
-    arrays = [np.ascontiguousarray(x) for x in given_arrays(kernel, case)]
-    cotangents = [np.ascontiguousarray(there(case.dout)) if dout is None else dout]
+    arrays, names = _copied(given_arrays(kernel, case)), input_names(kernel, case)
+    cotangents = _copied([there(case.dout)]) if dout is None else [dout]
     if kernel.states:
-        cotangents.append(np.ascontiguousarray(case.dstate if kernel.state_layout == "bhdm" else case.dstate.swapaxes(-1, -2)))
-    assert kernel.backward is not None
-    try:
-        found = kernel.backward(*(kernel.to(x) for x in (*cotangents, *arrays)))
-    except Exception as error:
-        raise Told(f"the backward raised {type(error).__name__}: {error}") from None
-    names = [name for name, x in zip(NAMES, case.inputs, strict=True) if x is not None or name == "state" and kernel.states]
+        cotangents += _copied([STATE_LAYOUTS[kernel.state_layout](case.dstate)])
+    if kernel.backward is not None:
+        found = _called("the backward", kernel.backward, kernel, [*cotangents, *arrays], [(x.shape, x.dtype) for x in arrays], poison)
+    else:
+        vjp, fn = kernel.vjp, kernel.fn
+        assert vjp is not None
+        found = _called("its gradient", lambda *all_: list(vjp(fn, all_[len(cotangents):], all_[: len(cotangents)])), kernel,
+                        [*cotangents, *arrays], [], poison)
     if not isinstance(found, (tuple, list)) or len(found) != len(names):
         raise Told(f"backward: expected the gradients of {', '.join(names)}, got "
-                    f"{len(found) if isinstance(found, (tuple, list)) else type(found).__name__}")
+                   f"{len(found) if isinstance(found, (tuple, list)) else type(found).__name__}")
     gradients: dict[str, np.ndarray] = {}
     for name, x, d in zip(names, arrays, found, strict=True):
         d = read_result(f"d{name}", d, x.shape, None)
         if name == "state":
-            gradients[name] = d if kernel.state_layout == "bhdm" else d.swapaxes(-1, -2)
+            gradients[name] = STATE_LAYOUTS[kernel.state_layout](d)
         elif kernel.layout == "bn(hd)" and (name == "beta" or name == "g" and kernel.decay == "head"):
             gradients[name] = np.moveaxis(d, 2, 1)
         else:
@@ -142,11 +204,11 @@ def call_backward(kernel: Kernel, case: Case, dout: np.ndarray | None = None) ->
 
 def read_result(name: str, x: Any, shape: tuple[int, ...], dtype: np.dtype | None) -> np.ndarray:
     try:
-        for method in ("detach", "cpu", "get"):
-            x = getattr(x, method)() if hasattr(x, method) and not isinstance(x, np.ndarray) else x
-        array = np.asarray(x)
+        array = to_numpy(x)
     except Exception as error:
         raise Told(f"{name}: expected an array that NumPy can read, got {type(x).__name__} ({error})") from None
+    if array.dtype == object:
+        raise Told(f"{name}: expected an array of numbers, got {type(x).__name__}")
     if array.shape != shape:
         raise Told(f"{name}: expected the shape {shape}, got {array.shape}")
     if dtype is not None and array.dtype != dtype:
@@ -156,35 +218,9 @@ def read_result(name: str, x: Any, shape: tuple[int, ...], dtype: np.dtype | Non
 
 PRESETS: dict[str, dict[str, Any]] = {
     "onnx": {"layout": "bn(hd)", "scale": "1/sqrt(d)", "grouped": True},
-    "flash-linear-attention": {"layout": "bnhd", "scale": "1/sqrt(d)"},
-    "fast-transformers": {"layout": "bhnd", "states": False},                   # its causal_dot_product; its modules have "bnhd" and a normaliser
+    "flash-linear-attention": {"to": "torch", "layout": "bnhd", "scale": "1/sqrt(d)"},
+    "fast-transformers": {"to": "torch", "layout": "bnhd", "rule": "linear_attention"},               # CausalLinearAttention and its like
+    "causal_dot_product": {"to": "torch", "layout": "bhnd", "rule": "linear", "states": False},
+    "torch-sdpa": {"to": "torch", "layout": "bhnd", "rule": "softmax_attention", "scale": "1/sqrt(d)"},
+    "mlx": {"to": "mlx", "layout": "bnhd", "rule": "gated_delta", "decay_space": "linear", "state_layout": "bhmd"},
 }
-
-
-def torch_backward(fn: Callable[..., Any], *, states: bool = True) -> Callable[..., tuple[Any, ...]]:
-    """The `backward` of `check_kernel` for a function of PyTorch tensors: what torch.autograd gives. `states` as there."""
-    import torch
-
-    def backward(*arrays: Any) -> tuple[Any, ...]:
-        count = 1 + states
-        leaves = [x.detach().clone().requires_grad_() for x in arrays[count:]]
-        return tuple(torch.autograd.grad(_outputs(fn, leaves, count), leaves, arrays[:count]))
-
-    return backward
-
-
-def jax_backward(fn: Callable[..., Any], *, states: bool = True) -> Callable[..., tuple[Any, ...]]:
-    """The `backward` of `check_kernel` for a function of JAX arrays: what jax.vjp gives. `states` as there."""
-    import jax
-
-    def backward(*arrays: Any) -> tuple[Any, ...]:
-        count = 1 + states
-        _, pullback = jax.vjp(lambda *leaves: _outputs(fn, leaves, count), *arrays[count:])
-        return tuple(pullback(tuple(arrays[:count])))
-
-    return backward
-
-
-def _outputs(fn: Callable[..., Any], arrays: Any, count: int) -> tuple[Any, ...]:
-    found = fn(*arrays)
-    return tuple(found)[:count] if isinstance(found, (tuple, list)) else (found,)

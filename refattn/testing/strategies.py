@@ -92,12 +92,15 @@ def _few(x: np.ndarray | None) -> str:
     return "None" if x is None else f"{x.shape} {x.ravel()[:3]}…"
 
 
-def dims(*, cross: bool = False, edges: tuple[int, ...] = (0, 1, 31, 32, 33), longest: int = 70) -> st.SearchStrategy[Dims]:
+def dims(*, cross: bool = False, edges: tuple[int, ...] = (0, 1, 31, 32, 33), longest: int = 70, shortest: int = 0, multiple_of: int = 1,
+         widths: tuple[tuple[int, int], ...] | None = None) -> st.SearchStrategy[Dims]:
     """Sizes: B and H at least 2 and pairwise different from one another where that can be, N on the `edges` or between.
 
-    `cross`: L keys drawn apart from N queries."""
-    within = [n for n in edges if n <= longest]
-    positions = st.one_of(st.sampled_from(within), st.integers(0, longest))
+    `cross`: L keys drawn apart from N queries. For kernels that take some sizes only: N is a multiple of `multiple_of`, up to 5 of them where
+    that is more than `longest`, and (D, M) is one of `widths`."""
+    most = max(longest // multiple_of, 5 if multiple_of > 1 else 0)
+    within = [n for n in edges if shortest <= n * multiple_of and n <= most]
+    positions = st.one_of(st.sampled_from(within), st.integers(-(-shortest // multiple_of), most)).map(lambda n: n * multiple_of)
 
     @st.composite
     def draw_dims(draw: Any) -> Dims:
@@ -105,17 +108,19 @@ def dims(*, cross: bool = False, edges: tuple[int, ...] = (0, 1, 31, 32, 33), lo
         L = draw(positions) if cross else N
         lead = draw(st.sampled_from([(2,), (3,), (2, 2), ()]))
         H, D, M = draw(st.sampled_from([(3, 5, 4), (2, 4, 7), (3, 1, 6), (2, 6, 1), (1, 5, 3)]))
+        D, M = (D, M) if widths is None else draw(st.sampled_from(widths))
         return Dims(lead, H, draw(st.sampled_from([1, 1, 2, 3])), N, L, D, M)
 
     return draw_dims()
 
 
-def cases(*, dtype: Any = np.float64, exact: bool = False, cross: bool = False, longest: int = 70) -> st.SearchStrategy[Case]:
-    """Arrays of `dtype` for drawn sizes. `exact`: integers so small that every product and sum is exact in any order of summation, forward
-    and backward (the state and its cotangent are in the accumulator dtype)."""
+def cases(*, dtype: Any = np.float64, exact: bool = False, cross: bool = False, longest: int = 70,
+          sizes: st.SearchStrategy[Dims] | None = None) -> st.SearchStrategy[Case]:
+    """Arrays of `dtype` for drawn sizes, `sizes` in place of `dims`. `exact`: integers so small that every product and sum is exact in any order
+    of summation, forward and backward (the state and its cotangent are in the accumulator dtype)."""
     @st.composite
     def draw_case(draw: Any) -> Case:
-        d = draw(dims(cross=cross, longest=longest))
+        d = draw(dims(cross=cross, longest=longest) if sizes is None else sizes)
         rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
         acc = accumulator(np.dtype(dtype))
 
@@ -133,7 +138,8 @@ MIXTURES = {                                   # how often a decay is 0, mild, a
 
 
 def rule_cases(rule: str, *, dtype: Any = np.float64, exact: bool = False, longest: int = 20, wide: bool = True,
-               channels: bool | None = None, mixtures: tuple[str, ...] = tuple(MIXTURES)) -> st.SearchStrategy[RuleCase]:
+               channels: bool | None = None, mixtures: tuple[str, ...] = tuple(MIXTURES),
+               sizes: st.SearchStrategy[Dims] | None = None) -> st.SearchStrategy[RuleCase]:
     """Arrays of `dtype` for rule "gated", "delta" or "gated_delta", g and beta in the accumulator dtype if `wide`, else in `dtype`.
 
     Decays: one per head or one per channel (`channels`: which; None: both), of a drawn mixture. Keys of a delta: of length 1 with β in (0, 1)
@@ -145,7 +151,7 @@ def rule_cases(rule: str, *, dtype: Any = np.float64, exact: bool = False, longe
     multiples of 1/16. Signs apart they grow by 1 + β |k|² ≤ 3 at each write, and stay below 2^53 (float64), 2^24 and, in float16, 65504."""
     @st.composite
     def draw_case(draw: Any) -> RuleCase:
-        d = draw(dims(edges=(0, 1, 3, 4, 5, 7, 8, 9), longest=longest))
+        d = draw(dims(edges=(0, 1, 3, 4, 5, 7, 8, 9), longest=longest) if sizes is None else sizes)
         rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
         acc = accumulator(np.dtype(dtype))
         more, positions = acc if wide else dtype, d.k[:-1]
@@ -175,6 +181,14 @@ def log_decays(shape: tuple[int, ...], weights: tuple[float, ...], rng: np.rando
     """g: 0, mild ones between -e and 0, 1/8, -50 and -inf, as often as `weights` say; see `MIXTURES`."""
     mild = -np.exp(rng.uniform(-6, 1, shape))
     return np.choose(rng.choice(5, shape, p=weights), [np.zeros(shape), mild, np.full(shape, 0.125), np.full(shape, -50.0), np.full(shape, -np.inf)])
+
+
+def clear_cut(d: Dims, scale: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Queries and keys (float64) for softmax attention, each a power of two in one of D places: scores are 0, or so large that beside them exp
+    of the others is 0 in float64 too. So a row is the mean of what it sees, or of those keys that match it."""
+    size = 2.0 ** min(8, max(0, np.ceil(np.log2(1000 / max(abs(scale), 1e-3)) / 2)))
+    q, k = (size * np.eye(d.D)[rng.integers(0, d.D, shape[:-1])] for shape in (d.q, d.k))
+    return q * np.sign(scale or 1), k
 
 
 def exact_writes(d: Dims, writes: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
