@@ -16,6 +16,7 @@ from refattn.__main__ import main
 from refattn.testing import check
 from refattn.testing.broken import BROKEN, RIGHT, Broken
 from refattn.testing.check import Report, check_kernel
+from refattn.testing.frameworks import MAKE, to_numpy
 from refattn.testing.kernel import PRESETS
 
 
@@ -208,6 +209,38 @@ def test_a_scale_may_depend_on_the_width() -> None:
     report = check_kernel(fn, scale="1/sqrt(d)", examples=40)
     assert report.passed, str(report)
     assert not check_kernel(lambda *arrays: fn(*arrays, power=-1), scale="1/sqrt(d)", examples=40).passed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("to", sorted(set(MAKE) - {"cupy"}))
+def test_arrays_of_other_libraries_come_and_go_as_they_are(to: str, dtype: str) -> None:
+    pytest.importorskip("ml_dtypes")
+    pytest.importorskip({"mlx": "mlx.core"}.get(to, to), reason=f"needs {to}")
+    kind = type(MAKE[to](np.zeros(1, np.float32)))
+
+    def fn(*arrays: Any) -> tuple[Any, Any]:
+        assert all(isinstance(x, kind) for x in arrays)
+        out, state = RIGHT["gated"].forward(*(to_numpy(x) for x in arrays))
+        return MAKE[to](out), MAKE[to](state)
+
+    report = check_kernel(fn, rule="gated", to=to, dtype=dtype, examples=5)
+    assert report.passed, str(report)
+
+
+def test_arrays_of_the_stand_in_for_cupy_too(monkeypatch: pytest.MonkeyPatch, simt: Any) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", simt)
+
+    def fn(q: Any, k: Any, v: Any, state: Any) -> Any:
+        assert isinstance(q, simt.ndarray)
+        return refattn.recurrence(q, k, v, state=state)
+
+    assert check_kernel(fn, to="cupy", widths=((4, 4),), contiguous=True, examples=3).passed
+
+
+def test_a_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    with pytest.raises(ImportError, match="to: arrays of tensorflow are asked for, and .*: install it, or give to a function of your own"):
+        check_kernel(RIGHT["linear"].forward, to="tensorflow")
 
 
 def test_decays_may_have_their_gradient_by_differences() -> None:

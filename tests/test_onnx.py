@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from refattn import oracle, recurrence
 from refattn.testing.budgets import assert_within
+from refattn.testing.check import check_kernel
 from refattn.testing.loop_budget import loop_budget
 
 onnx = pytest.importorskip("onnx", minversion="1.23", reason="needs onnx 1.23 or later: pip install 'refattn[onnx]'")
@@ -166,6 +167,22 @@ def test_they_compute_what_we_define(rule, program, ours, data):
 def test_they_do_so_across_their_chunks(rule, channels, program, ours, rng):
     """150 positions are two of their chunks of 64 and a part of one."""
     judge(program, ours, case(rng, rule, B=2, H=2, G=3, N=150, D=16, M=8, channels=channels, strongest=0.1))
+
+
+@pytest.mark.parametrize("program", [onnx_reference, onnxruntime_fused])
+@pytest.mark.parametrize(("rule", "decay"), [(rule, decay) for rule, (has_g, _) in RULES.items() for decay in ("head", "channel")[: 1 + has_g]])
+def test_the_checker_finds_nothing_in_them(rule: str, decay: str, program: Any) -> None:
+    """Single channels apart: with D = 1 a decay per channel and one per head have the same shape in ONNX."""
+    has_g, delta = RULES[rule]
+
+    def fn(q: np.ndarray, k: np.ndarray, v: np.ndarray, *rest: np.ndarray) -> list[np.ndarray]:
+        *gates, state = rest
+        g, beta = (gates.pop(0) if has else None for has in (has_g, delta))
+        c = Case(rule, q, k, v, g, beta, state, False, 0.0, 64)
+        return unpacked(c, program(c))
+
+    report = check_kernel(fn, rule=rule, decay=decay, scale="1/sqrt(d)", grouped=True, widths=((5, 4), (4, 7)), examples=6)
+    assert report.passed and report.cases["definition, integers"] == 6, str(report)
 
 
 # --- what this would catch -----------------------------------------------------------------------------------------------------------------

@@ -213,9 +213,9 @@ def bounds(kernel: Kernel, case: Case) -> tuple[np.ndarray, np.ndarray]:
 def gradient_bounds(kernel: Kernel, case: Case) -> dict[str, np.ndarray]:
     """Of the gradients by name, like `bounds`."""
     if kernel.rule == "softmax_attention":
-        found = softmax_backward_budget(case.q, case.k, case.v, case.dout, causal=kernel.causal, scale=scale_of(kernel, case), key_block=1,
+        three = softmax_backward_budget(case.q, case.k, case.v, case.dout, causal=kernel.causal, scale=scale_of(kernel, case), key_block=1,
                                         query_block=1)
-        return {name: x + more for name, x, more in zip("qkv", found, _rounded_weights(kernel, case)[1:], strict=True)}
+        return {name: x + more for name, x, more in zip("qkv", three, _rounded_weights(kernel, case)[1:], strict=True)}
     found = _widest(kernel, case)
     if "g" in found:
         found["g"] = found["g"] + _by_differences(case, found)
@@ -226,8 +226,8 @@ def _by_differences(case: Case, found: dict[str, np.ndarray]) -> np.ndarray:
     """What dg may be off by where it is the reverse cumulative sum of q·dq - k·dk (- v·dv with a delta), as most kernels have it: terms that
     cancel in exact numbers leave their errors, and the sum adds as much again. Of a delta's keys, what is read and what is written."""
     G = case.q.shape[1] // case.k.shape[1]
-    own = lambda x: x.reshape(*case.k.shape[:2], G, *x.shape[2:]).sum(2) if G > 1 else x
-    terms = own(np.abs(case.q.astype(np.float64)) * found["q"]) + 2 * np.abs(case.k.astype(np.float64)) * found["k"]
+    queries = np.abs(case.q.astype(np.float64)) * found["q"]
+    terms = queries.reshape(*case.k.shape[:2], G, *case.q.shape[2:]).sum(2) + 2 * np.abs(case.k.astype(np.float64)) * found["k"]
     assert case.g is not None
     if case.g.ndim == 3:
         terms = terms.sum(-1) + (np.abs(case.v.astype(np.float64)) * found["v"]).sum(-1)
