@@ -338,7 +338,9 @@ def test_what_it_looks_like_is_said(name: str, clue: str) -> None:
 def test_one_seed_finds_one_case_and_a_limit_of_time_is_kept() -> None:
     one, other = (checked(BROKEN["sees_the_next"], seed=5) for _ in range(2))
     assert [f.words for f in one.failures] == [f.words for f in other.failures] and one.cases == other.cases
-    assert checked(RIGHT["gated"], time_limit=0).cases == {}
+    none = checked(RIGHT["gated"], time_limit=0)
+    assert none.cases == {} and "cases: none\nthe time limit came before: definition, integers, untouched inputs, same bits twice" in str(none)
+    assert one.untried == ()
 
 
 def test_a_factor_widens_the_bounds_and_is_told() -> None:

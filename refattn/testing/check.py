@@ -38,10 +38,12 @@ class Failure(NamedTuple):
 
 
 class Report(NamedTuple):
-    """`passed`; how many cases each law was tried on, the largest error as a part of its bound, the failures and how long it took."""
+    """`passed`; how many cases each law was tried on and which ones the time did not suffice for; the largest error as a part of its bound, the
+    failures and how long it took."""
 
     passed: bool
     cases: dict[str, int]
+    untried: tuple[str, ...]
     worst: float
     factor: float
     failures: tuple[Failure, ...]
@@ -50,6 +52,8 @@ class Report(NamedTuple):
     def __str__(self) -> str:
         tried = ", ".join(f"{law} {count}" for law, count in self.cases.items())
         lines = [f"{'passed' if self.passed else 'FAILED'} in {self.seconds:.1f} s; cases: {tried or 'none'}"]
+        if self.untried:
+            lines.append(f"the time limit came before: {', '.join(self.untried)}")
         if self.passed:
             lines.append(f"largest error: {self.worst:.3g} of the bound" + (f", which was multiplied by {self.factor:g}" if self.factor != 1 else ""))
         for failure in self.failures:
@@ -126,7 +130,7 @@ def check_kernel(fn: Callable[..., Any], *, rule: str = "linear", backward: Call
     examples
         How many cases each law is tried on, at most.
     seed, time_limit
-        Of the search; seconds, after which no new law is begun.
+        Of the search; seconds, after which nothing new is tried. The report names the laws that it came before.
     factor
         What bounds are multiplied by; the report says so.
 
@@ -190,16 +194,20 @@ def check_kernel(fn: Callable[..., Any], *, rule: str = "linear", backward: Call
     start, worst = time.monotonic(), [0.0]
     failures: list[Failure] = []
     counts: dict[str, int] = {}
+    untried: list[str] = []
     limit = start + check_number("time_limit", time_limit, least=0)
     for law, integers, test in laws(kernel):
-        if time.monotonic() > limit or any(f.law.startswith("definition") for f in failures) and law not in WITHOUT_THE_DEFINITION:
+        if time.monotonic() > limit:
+            untried.append(law)
+            continue
+        if any(f.law.startswith("definition") for f in failures) and law not in WITHOUT_THE_DEFINITION:
             continue
         failure, counts[law] = _search(kernel, law, integers, test, worst, check_positive("examples", examples), seed, limit)
         if failure is not None:
             failures.append(failure)
             if failure.words.startswith("the call raised"):                      # so it will under every law
                 break
-    return Report(not failures, counts, worst[0], kernel.factor, tuple(failures), time.monotonic() - start)
+    return Report(not failures, counts, tuple(untried), worst[0], kernel.factor, tuple(failures), time.monotonic() - start)
 
 
 def _search(kernel: Kernel, law: str, integers: bool, test: Law, worst: list[float], examples: int, seed: int,

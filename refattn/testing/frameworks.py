@@ -61,8 +61,10 @@ def to_numpy(x: Any) -> np.ndarray:
     """
     if isinstance(x, np.ndarray):
         return x
-    for method in ("detach", "cpu", "get"):                                      # PyTorch's graph, its device, CuPy's
-        x = getattr(x, method)() if hasattr(x, method) else x
+    if hasattr(x, "detach"):                                                     # PyTorch's, from its graph and its device
+        x = x.detach().cpu()
+    elif hasattr(x, "get"):                                                      # CuPy's
+        x = x.get()
     if str(getattr(x, "dtype", "")) == "torch.bfloat16":
         return np.asarray(x.view(library("torch").int16)).view(bfloat16())
     if str(getattr(x, "dtype", "")) == "mlx.core.bfloat16":

@@ -244,9 +244,21 @@ def _widest(kernel: Kernel, case: Case) -> dict[str, np.ndarray]:
     for chunk in CHUNKS if case.g is not None or case.beta is not None else (None,):
         whole = _budget(kernel, case, kernel.dtype, chunk)
         sums = whole if acc == kernel.dtype else _budget(kernel, case, acc, chunk)                     # without the rounding of what comes out
+        floor = _underflow(kernel, case, chunk)
         for name, x in whole.items():
-            widest[name] = np.maximum(widest.get(name, 0.0), x + more * sums[name])
+            widest[name] = np.maximum(widest.get(name, 0.0), x + more * sums[name] + floor.get(name, 0.0))
     return widest
+
+
+def _underflow(kernel: Kernel, case: Case, chunk: int | None) -> dict[str, float]:
+    """Where factors are rounded to a half precision, one that underflows is off by half the smallest number of that precision, and what it is
+    multiplied by is at most what there is when nothing decays: of each array the largest such product."""
+    if not kernel.rounds:
+        return {}
+    acc = accumulator(kernel.dtype)
+    lasting = case._replace(g=None if case.g is None else np.zeros_like(case.g))
+    half = HALF_ROUNDINGS * float(rounding(0.0, kernel.dtype))
+    return {name: half * (1 + float(x.max(initial=0.0)) / unit_roundoff(acc)) for name, x in _budget(kernel, lasting, acc, chunk).items()}
 
 
 def _budget(kernel: Kernel, case: Case, dtype: np.dtype, chunk: int | None) -> dict[str, np.ndarray]:
@@ -302,14 +314,13 @@ def _rounded_weights(kernel: Kernel, case: Case) -> tuple[Any, ...]:
     if not kernel.rounds:
         return 0.0, 0.0, 0.0, 0.0
     from .softmax_budget import _exact
-    u = unit_roundoff(kernel.dtype)
+    u, tiny = unit_roundoff(kernel.dtype), float(rounding(0.0, kernel.dtype))     # the latter for factors that underflow
     x = _exact(case.q, case.k, case.v, kernel.causal, scale_of(kernel, case), None, None, 1)
     dO: Any = np.abs(case.dout.astype(np.float64)).reshape(x.out.shape)
-    out = 2 * u * (x.P @ np.abs(x.v))
-    dx = x.P * (dO @ np.abs(x.v).mT + (dO * np.abs(x.out)).sum(-1, keepdims=True))
-    s = abs(x.s)
-    return (out.reshape(case.dout.shape), (4 * u * s * (dx @ np.abs(x.k))).reshape(case.q.shape),
-            (4 * u * s * (dx.mT @ np.abs(x.q)).sum(-3)).reshape(case.k.shape), (3 * u * (x.P.mT @ dO).sum(-3)).reshape(case.v.shape))
+    Y = dO @ np.abs(x.v).mT + (dO * np.abs(x.out)).sum(-1, keepdims=True)
+    P, dx, s = x.P * u + tiny, (x.P * u + tiny) * Y + tiny, abs(x.s)
+    return ((2 * P @ np.abs(x.v)).reshape(case.dout.shape), (4 * s * (dx @ np.abs(x.k))).reshape(case.q.shape),
+            (4 * s * (dx.mT @ np.abs(x.q)).sum(-3)).reshape(case.k.shape), (3 * (P.mT @ dO).sum(-3)).reshape(case.v.shape))
 
 
 def _slack(kernel: Kernel, case: Case) -> tuple[Any, Any]:
