@@ -3,7 +3,7 @@
     @given(cases(exact=True))
     def test_mine(case): ...
 
-Needs the extra `test`. Arrays are made from a drawn seed rather than element by element: a failing example is one number, and fast.
+Needs the extra `check`. Arrays are made from a drawn seed rather than element by element: a failing example is one number, and fast.
 """
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .._array import accumulator, missing_extra
 try:
     from hypothesis import strategies as st
 except ImportError:
-    raise missing_extra("hypothesis", "test") from None
+    raise missing_extra("hypothesis", "check") from None
 
 
 class Dims(NamedTuple):
