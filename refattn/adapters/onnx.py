@@ -1,348 +1,337 @@
-"""refattn's steps, prefills and transformers as ONNX models: what is trained here runs wherever ONNX does.
+"""Steps, prefills and whole transformers as ONNX models: what is trained here runs wherever ONNX does.
 
     model = transformer_step_model(params, config)                        # an onnx.ModelProto that the checker passed; onnx.save writes it
     run = onnxruntime.InferenceSession(model.SerializeToString()).run
-    logits_t, *state = run(None, dict(zip(names, (token, *state))))       # the outputs replace the inputs, in their order
+    logits_t, *state = run(None, dict(zip(names, (tokens_t, *state))))    # the outputs replace the inputs, in their order
 
-| function                           | of the library                 | inputs                                          | outputs                    |
-|------------------------------------|--------------------------------|-------------------------------------------------|----------------------------|
-| recurrence_step_model              | `recurrence_step`              | q_t, k_t, v_t, g_t, beta_t, state               | out_t, new_state           |
-| recurrence_model                   | `recurrence`                   | q, k, v, g, beta, state                         | out, new_state             |
-| causal_linear_attention_step_model | `causal_linear_attention_step` | q_t, k_t, v_t, S, z                             | out_t, new_S, new_z        |
-| causal_linear_attention_model      | `causal_linear_attention`      | q, k, v, S, z                                   | out, new_S, new_z          |
-| transformer_step_model             | `transformer_step`             | input_t, position, S0, z0, …, a pair each layer | logits_t, new_position, …  |
-| transformer_model                  | `transformer_prefill`          | inputs, position, S0, z0, …                     | logits, new_position, …    |
+| function                           | of the library                 | inputs                            | outputs                      |
+|------------------------------------|--------------------------------|-----------------------------------|------------------------------|
+| recurrence_step_model              | `recurrence_step`              | q_t, k_t, v_t, g_t, beta_t, state | out_t, new_state             |
+| recurrence_model                   | `recurrence`                   | q, k, v, g, beta, state           | out, new_state               |
+| causal_linear_attention_step_model | `causal_linear_attention_step` | q_t, k_t, v_t, S, z               | out_t, new_S, new_z          |
+| causal_linear_attention_model      | `causal_linear_attention`      | q, k, v, S, z                     | out, new_S, new_z            |
+| transformer_step_model             | `transformer_step`             | input_t, position, S0, z0, S1, …  | logits_t, new_position, …    |
+| transformer_model                  | `transformer_prefill`          | inputs, position, S0, z0, S1, …   | logits, new_position, …      |
 
-The equations are below, as functions in ONNX's own textual form; models hold them expanded into ONNX's operators. Arrays are (B, H, N, D) with
-B and N left free. A state goes in always (zeros where nothing precedes) and comes out as `new_…`: in ONNX no two values share a name.
+Arrays are (B, H, N, D), with B and N left free and all other sizes in the model. A state always goes in, zeros where nothing precedes, and comes
+out under a name with `new_`, since in ONNX no two values share one. Of many positions N ≥ 1. The `operator` that runs over them is
 
-What runs over the positions is up to `operator`:
+| operator                        | runs in                                                                        | arrays                    |
+|---------------------------------|--------------------------------------------------------------------------------|---------------------------|
+| "Scan"                          | every runtime: the step is its body                                            | float32, float64          |
+| "LinearAttention"               | what knows opset 27: onnx.reference 1.23; onnxruntime 1.32, as a Scan again    | float32                   |
+| "com.microsoft.LinearAttention" | onnxruntime 1.32: one fused kernel                                             | float32                   |
 
-| operator                        | rounds as  | runs in                                                                                     |
-|---------------------------------|------------|---------------------------------------------------------------------------------------------|
-| "Scan"                          | the step   | every runtime, float32 and float64                                                          |
-| "LinearAttention"               | the loop   | where opset 27 (2026) is: onnx.reference; in onnxruntime 1.32 only with B and N made fixed  |
-| "com.microsoft.LinearAttention" | the loop   | onnxruntime 1.32 and later, one fused kernel                                                |
+All else is operators of opset 20, of 2023. Below, op("Add", x, y) adds a node to the graph and gives the name of its output; numbers and lists
+become constants.
 """
 from __future__ import annotations
 
 import math
-import re
-from string import Template
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from .. import attention, rules
-from .._array import Array, dtype_name, missing_extra, on_host
+from .._array import Array, dtype_name, missing_extra, namespace, on_host
 from ..decoding import EPS_ATTENTION, EPS_NORM
 from ..layers import Params, check_choice
-from ..rules import RULES
-from ..transformer import (Config, check_params, check_recurrent, transformer_prefill, transformer_shapes, transformer_step,
+from ..transformer import (Config, check_params, check_recurrent, positions_forward, transformer_prefill, transformer_shapes, transformer_step,
                            transformer_step_init)
 
 try:
     import onnx
-    import onnx.inliner
-    import onnx.parser
 except ImportError:
     raise missing_extra("onnx", "onnx") from None
 
-OPSET, OPSET_FUSED = 20, 27                  # of ONNX 1.15, which everything reads; of the first LinearAttention
+Op = Callable[..., Any]
+
 OPERATORS = ("Scan", "LinearAttention", "com.microsoft.LinearAttention")
-TYPES = {"float32": "float", "float64": "double", "int64": "int64"}
-
-# --- the equations -----------------------------------------------------------------------------------------------------------------------
-
-STEP = """
-$name (S, $inputs) => (new_S, out_t)
-{
-    last = Constant <value_ints = [-1]> ()
-    above = Constant <value_ints = [-2]> ()
-    k = Unsqueeze (k_t, last)                           # a column (D, 1)
-    v = Unsqueeze (v_t, above)                          # a row (1, M)
-$fade
-$error
-    write = Mul (k, u)
-    new_S = Add (P, write)                              # S = P + k uᵀ
-    groups = Constant <value_ints = [0, $H, $G, $D]> ()
-    heads = Constant <value_ints = [0, $HG, $M]> ()
-    q = Reshape (q_t, groups)
-    read = MatMul (q, new_S)                            # o = Sᵀ q
-    out_t = Reshape (read, heads)
-}"""
-FADES = {False: "    P = Identity (S)", True: """
-    axes = Constant <value_ints = [$axes]> ()
-    g = Unsqueeze (g_t, axes)
-    a = Exp (g)
-    P = Mul (a, S)                                      # P = Diag(exp(g)) S"""}
-ERRORS = {False: "    u = Identity (v)", True: """
-    both = Constant <value_ints = [-2, -1]> ()
-    beta = Unsqueeze (beta_t, both)
-    k_row = Unsqueeze (k_t, above)
-    known = MatMul (k_row, P)
-    error = Sub (v, known)
-    u = Mul (beta, error)                               # u = β (v - Pᵀ k)"""}
-
-SCAN = """
-Recurrence (S, $names) => (new_S, out)
-{
-$rows
-    new_S, rows = Scan <num_scan_inputs = $count, body = position (S_t, $inputs) => (S_n, out_t)
-        { S_n, out_t = refattn.Step (S_t, $inputs) }> (S, $taken)
-    out = Transpose <perm = [1, 2, 0, 3]> (rows)
-}"""
-FUSED = """
-Recurrence (S, $names) => (new_S, out)
-{
-    packed = Constant <value_ints = [0, 0, -1]> ()
-$rows
-    rows, new_S = $operator <q_num_heads = $HG, kv_num_heads = $H, update_rule = "$rule", scale = 1.0> ($taken)
-    heads = Constant <value_ints = [0, 0, $HG, $M]> ()
-    split = Reshape (rows, heads)
-    out = Transpose <perm = [0, 2, 1, 3]> (split)
-}"""
-
-PHI = {"elu1": """
-Phi (x) => (y)
-{
-    zero = Constant <value = $T {0}> ()
-    above = Max (x, zero)
-    below = Min (x, zero)
-    exp = Exp (below)
-    y = Add (above, exp)                                # max(x, 0) + exp(min(x, 0))
-}""", "relu": "Phi (x) => (y) { y = Relu (x) }", "exp": "Phi (x) => (y) { y = Exp (x) }"}
-ATTENTION = """
-Attention (q, k, v, S, z) => (out, new_S, new_z)
-{
-    last = Constant <value_ints = [-1]> ()
-    behind = Constant <value_ints = [$zeros, 1]> ()
-    one = Constant <value = $T {1}> ()
-    zero = Constant <value = $T {0}> ()
-    eps = Constant <value = $T {$eps}> ()
-    widths = Constant <value_ints = [$M, 1]> ()
-    fq = refattn.Phi (q)
-    fk = refattn.Phi (k)
-    v_one = Pad (v, behind, one)                        # [v | 1]
-    z_column = Unsqueeze (z, last)
-    Sz = Concat <axis = -1> (S, z_column)               # [S | z]
-    new_Sz, both = refattn.Recurrence (Sz, fq, fk, v_one)
-    new_S, new_z_column = Split <axis = -1> (new_Sz, widths)
-    new_z = Squeeze (new_z_column, last)
-    num, den = Split <axis = -1> (both, widths)
-    den_eps = Add (den, eps)
-    nothing = Equal (den_eps, zero)
-    quotient = Div (num, den_eps)
-    out = Where (nothing, zero, quotient)               # num / (den + ε), 0 where no key counts
-}"""
-
-LAYERS = """
-Affine (x, W, b) => (y)
-{
-    product = MatMul (x, W)
-    y = Add (product, b)
-}
-
-Norm (x, w, b) => (y)
-{
-    last = Constant <value_ints = [-1]> ()
-    eps = Constant <value = $T {$eps_norm}> ()
-    mean = ReduceMean (x, last)
-    c = Sub (x, mean)
-    square = Mul (c, c)
-    var = ReduceMean (square, last)
-    var_eps = Add (var, eps)
-    std = Sqrt (var_eps)
-    normal = Div (c, std)
-    scaled = Mul (normal, w)
-    y = Add (scaled, b)
-}
-
-Same (x, w, b) => (y) { y = Identity (x) }
-
-Gelu (x) => (y)
-{
-    half = Constant <value = $T {0.5}> ()
-    one = Constant <value = $T {1}> ()
-    a = Constant <value = $T {0.044715}> ()
-    c = Constant <value = $T {$gelu_c}> ()
-    square = Mul (x, x)
-    a_square = Mul (a, square)
-    slope = Add (one, a_square)
-    x_slope = Mul (x, slope)
-    inner = Mul (c, x_slope)
-    t = Tanh (inner)                                    # tanh(c (x + a x³))
-    one_t = Add (one, t)
-    half_x = Mul (half, x)
-    y = Mul (half_x, one_t)
-}
-
-Positions (x, position, $positions) => (y, new_position)
-{
-    one = Constant <value_int = 1> ()
-$rows
-$vectors
-    y = Add (x, P)
-}
-
-Block (x, S, z, $own) => (y, new_S, new_z)
-{
-    a = refattn.$enter (x, "attention.norm.weight", "attention.norm.bias")
-    q_wide = refattn.Affine (a, "attention.query.weight", "attention.query.bias")
-    k_wide = refattn.Affine (a, "attention.key.weight", "attention.key.bias")
-    v_wide = refattn.Affine (a, "attention.value.weight", "attention.value.bias")
-    q = refattn.Heads (q_wide)
-    k = refattn.Heads (k_wide)
-    v = refattn.Heads (v_wide)
-    mixed, new_S, new_z = refattn.Attention (q, k, v, S, z)
-    merged = refattn.Merge (mixed)
-    attended = refattn.Affine (merged, "attention.out.weight", "attention.out.bias")
-    x_attended = Add (x, attended)
-    h = refattn.$leave (x_attended, "attention.norm.weight", "attention.norm.bias")
-    f = refattn.$enter (h, "feed_forward.norm.weight", "feed_forward.norm.bias")
-    inner = refattn.Affine (f, "feed_forward.in.weight", "feed_forward.in.bias")
-    active = $activation (inner)
-    fed = refattn.Affine (active, "feed_forward.out.weight", "feed_forward.out.bias")
-    h_fed = Add (h, fed)
-    y = refattn.$leave (h_fed, "feed_forward.norm.weight", "feed_forward.norm.bias")
-}"""
-
-LENGTHS = {False: """
-    new_position = Add (position, one)
-    rows = Identity (position)
-""", True: """
-    axis = Shape <start = 1, end = 2> (x)
-    N = Squeeze (axis)
-    new_position = Add (position, N)
-    rows = Range (position, new_position, one)
-"""}
-VECTORS = {"learned": "    P = Gather (W, rows)", "sinusoidal": """
-    p = Cast <to = 11> (rows)                           # in float64, as the library
-    last = Constant <value_ints = [-1]> ()
-    column = Unsqueeze (p, last)
-    angle = Div (column, rates)
-    sin = Sin (angle)
-    cos = Cos (angle)
-    wave = Where (even, sin, cos)
-    size = Constant <value = double {$size}> ()
-    sized = Div (wave, size)
-    P = CastLike (sized, x)"""}
-HEADS = {False: """
-Heads (x) => (y)
-{
-    heads = Constant <value_ints = [0, $H, $D]> ()
-    y = Reshape (x, heads)
-}
-
-Merge (x) => (y)
-{
-    width = Constant <value_ints = [0, $E]> ()
-    y = Reshape (x, width)
-}""", True: """
-Heads (x) => (y)
-{
-    heads = Constant <value_ints = [0, 0, $H, $D]> ()
-    split = Reshape (x, heads)
-    y = Transpose <perm = [0, 2, 1, 3]> (split)
-}
-
-Merge (x) => (y)
-{
-    width = Constant <value_ints = [0, 0, $E]> ()
-    rows = Transpose <perm = [0, 2, 1, 3]> (x)
-    y = Reshape (rows, width)
-}"""}
+PHI: dict[str, Callable[[Op, str], str]] = {
+    "elu1": lambda op, x: op("Add", op("Max", x, 0.0), op("Exp", op("Min", x, 0.0))),
+    "relu": lambda op, x: op("Relu", x),
+    "exp": lambda op, x: op("Exp", x)}
 
 
 # --- the recurrence ----------------------------------------------------------------------------------------------------------------------
 
 def recurrence_step_model(q_t: Array, k_t: Array, v_t: Array, g_t: Array | None = None, beta_t: Array | None = None, *,
                           rule: str = "linear", scale: float = 1.0) -> Any:
-    """Step."""
-    out, state = rules.recurrence_step(q_t, k_t, v_t, g_t, beta_t, rule=rule, scale=scale)
-    return _recurrence_model({"q_t": q_t, "k_t": k_t, "v_t": v_t, "g_t": g_t, "beta_t": beta_t}, state, "out_t", out, rule, scale, None)
+    """One position of all four rules as a model of plain operators: `refattn.recurrence_step`.
+
+    Parameters
+    ----------
+    q_t : (B, G·H, D);  k_t : (B, H, D);  v_t : (B, H, M);  g_t : (B, H) or (B, H, D);  beta_t : (B, H)
+        Examples of what the model will be given, float32 or float64: of them it takes dtype and sizes, but for B.
+    rule, scale
+        As in `refattn.recurrence_step`.
+
+    Returns
+    -------
+    model : onnx.ModelProto
+        From q_t, k_t, v_t, g_t and beta_t as far as the rule has them, and state (B, H, D, M), to out_t (B, G·H, M) and new_state.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Those of `refattn.recurrence_step`, which is called once; `q_t: expected (B, Hq, D), got (4, 8); …`; `dtype: expected float32 or float64, got
+        float16, …`.
+
+    Examples
+    --------
+    >>> from onnx.reference import ReferenceEvaluator
+    >>> one = np.ones((1, 1, 1), np.float32)
+    >>> model = recurrence_step_model(one, one, one)
+    >>> out_t, state = ReferenceEvaluator(model).run(None, {"q_t": one, "k_t": one, "v_t": one, "state": np.ones((1, 1, 1, 1), np.float32)})
+    >>> out_t.tolist()
+    [[[2.0]]]
+    """
+    arrays = {"q_t": q_t, "k_t": k_t, "v_t": v_t, "g_t": g_t, "beta_t": beta_t}
+    return _recurrence_model(rules.recurrence_step, arrays, rule, scale, None)
 
 
 def recurrence_model(q: Array, k: Array, v: Array, g: Array | None = None, beta: Array | None = None, *, rule: str = "linear",
                      scale: float = 1.0, operator: str = "Scan") -> Any:
-    """Whole."""
+    """Any number of positions of all four rules, from a state to a state: `refattn.recurrence`.
+
+    Parameters
+    ----------
+    q : (B, G·H, N, D);  k : (B, H, N, D);  v : (B, H, N, M);  g : (B, H, N) or (B, H, N, D);  beta : (B, H, N)
+        Examples, as in `recurrence_step_model`; N is free too.
+    rule, scale
+        As in `refattn.recurrence`.
+    operator : str
+        "Scan", "LinearAttention" or "com.microsoft.LinearAttention": see the top of this file.
+
+    Returns
+    -------
+    model : onnx.ModelProto
+        From q, k, v, g and beta as far as the rule has them, and state (B, H, D, M), to out (B, G·H, N, M) and new_state.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Those of `recurrence_step_model`; `operator: expected 'Scan' for float64 arrays, got 'LinearAttention', …`.
+
+    Notes
+    -----
+    A Scan takes as long as N steps, at some 10 operators each.
+
+    Examples
+    --------
+    >>> from onnx.reference import ReferenceEvaluator
+    >>> x = np.ones((1, 1, 3, 1), np.float32)
+    >>> out, state = ReferenceEvaluator(recurrence_model(x, x, x)).run(None, {"q": x, "k": x, "v": x, "state": x[:, :, :1]})
+    >>> out.ravel().tolist()
+    [2.0, 3.0, 4.0]
+    """
     check_choice("operator", operator, OPERATORS)
-    out, state = rules.recurrence(q, k, v, g, beta, rule=rule, scale=scale)
-    return _recurrence_model({"q": q, "k": k, "v": v, "g": g, "beta": beta}, state, "out", out, rule, scale, operator)
+    return _recurrence_model(rules.recurrence, {"q": q, "k": k, "v": v, "g": g, "beta": beta}, rule, scale, operator)
 
 
-def _recurrence_model(given: dict[str, Any], state: Array, name: str, out: Array, rule: str, scale: float, operator: str | None) -> Any:
-    q, k, v, g, _ = given.values()
-    free = "B" if operator is None else "B.N"
-    inputs = {x: (array, free) for x, array in given.items() if array is not None}
-    body = f"""
-    new_state, read = refattn.Recurrence (state, {', '.join(inputs)})
-    scale = Constant <value = {_type(out)} {{{float(scale)!r}}}> ()
-    {name} = Mul (scale, read)"""
-    functions = _recurrence(_sizes(q, k, v), rule, g is not None and g.ndim == k.ndim, operator)
-    return _model(name, inputs | {"state": (state, "B")}, {name: (out, free), "new_state": (state, "B")}, body, functions, operator)
+def _recurrence_model(f: Callable[..., Any], arrays: dict[str, Any], rule: str, scale: float, operator: str | None) -> Any:
+    _check_axes(arrays, operator)
+    out, state = f(*arrays.values(), rule=rule, scale=scale)                        # says what is wrong with any of them
+    q, k, v, g, _ = arrays.values()
+    sizes, channels = _sizes(q, k, v), g is not None and g.ndim == k.ndim
+    op, nodes = _graph(dtype_name(v), operator)
+    arrays = {name: x for name, x in arrays.items() if x is not None}
+    given = {name.removesuffix("_t"): name for name in arrays}
+    new_state, read = _recurrence(op, "state", given, rule=rule, sizes=sizes, channels=channels, operator=operator)
+    return _model(nodes, arrays, {"out": out}, {"state": state}, [op("Mul", read, float(scale)), new_state], operator)
 
 
-def _recurrence(sizes: dict[str, int], rule: str, channels: bool, operator: str | None) -> str:
-    """The function Recurrence: of one position for operator None, else of all of them."""
-    names = ("q", "k", "v", *RULES[rule])
-    inputs = ", ".join(f"{x}_t" for x in names)
-    fade = _fill(FADES["g" in RULES[rule]], axes="-1" if channels else "-2, -1")
-    step = _fill(STEP, name="Step" if operator else "Recurrence", inputs=inputs, fade=fade, error=ERRORS["beta" in RULES[rule]], **sizes)
+def _recurrence(op: Op, S: str, given: dict[str, str], *, rule: str, sizes: tuple[int, ...], channels: bool = False,
+                operator: str | None) -> tuple[str, str]:
+    """(new S, o) of all positions, or of the one for operator None. `given`: what q, k, v, g and beta are called, as far as there are any."""
     if operator is None:
-        return step
-    order = "2, 0, 1" if operator == "Scan" else "0, 2, 1"
-    rows = [f"    {x}_rows = Transpose <perm = [{order}{', 3' * (x in 'qkv' or x == 'g' and channels)}]> ({x})" for x in names]
+        return _step(op, S, given, sizes=sizes, channels=channels)
+    H, G, _, M = sizes
+    first = [2, 0, 1] if operator == "Scan" else [0, 2, 1]                          # positions in front, or in front of the heads
+    rows = {x: op("Transpose", y, perm=[*first, 3] if x in "qkv" or x == "g" and channels else first) for x, y in given.items()}
     if operator == "Scan":
-        return step + "\n" + _fill(SCAN, names=", ".join(names), rows="\n".join(rows), count=len(names), inputs=inputs,
-                                   taken=", ".join(f"{x}_rows" for x in names))
-    rows += [f"    {x}_packed = Reshape ({x}_rows, packed)" for x in names]
-    taken = ", ".join("S" if x == "S" else f"{x}_packed" if x in names else '""' for x in ("q", "k", "v", "S", "g", "beta"))
-    return _fill(FUSED, names=", ".join(names), rows="\n".join(rows), operator=operator, rule=rule, taken=taken, **sizes)
+        inner, nodes = _graph("float32", None, "step_")
+        one = {x: f"step_{x}" for x in rows}
+        after = _step(inner, "step_S", one, sizes=sizes, channels=channels)
+        body = onnx.helper.make_graph(nodes, "step", *([onnx.ValueInfoProto(name=x) for x in names] for names in (("step_S", *one.values()), after)))
+        S, read = op("Scan", S, *rows.values(), outputs=2, body=body, num_scan_inputs=len(rows))
+        return S, op("Transpose", read, perm=[1, 2, 0, 3])
+    domain, _, kind = operator.rpartition(".")
+    packed = {x: op("Reshape", y, [0, 0, -1]) for x, y in rows.items()}             # the heads packed into the last axis
+    read, S = op(kind, packed["q"], packed["k"], packed["v"], S, packed.get("g", ""), packed.get("beta", ""), outputs=2, domain=domain,
+                 q_num_heads=G * H, kv_num_heads=H, update_rule=rule, scale=1.0)    # 0 would mean 1/√D
+    return S, op("Transpose", op("Reshape", read, [0, 0, G * H, M]), perm=[0, 2, 1, 3])
+
+
+def _step(op: Op, S: str, given: dict[str, str], *, sizes: tuple[int, ...], channels: bool) -> tuple[str, str]:
+    """P = Diag(exp(g)) S, u = β (v - Pᵀ k), S ← P + k uᵀ, o = Sᵀ q: (new S, o)."""
+    H, G, D, M = sizes
+    P, k, u = S, op("Unsqueeze", given["k"], [-1]), op("Unsqueeze", given["v"], [-2])               # (D, 1) and (1, M)
+    if "g" in given:
+        P = op("Mul", op("Exp", op("Unsqueeze", given["g"], [-1] if channels else [-2, -1])), S)
+    if "beta" in given:
+        u = op("Mul", op("Unsqueeze", given["beta"], [-2, -1]), op("Sub", u, op("MatMul", op("Unsqueeze", given["k"], [-2]), P)))
+    S = op("Add", P, op("Mul", k, u))
+    return S, op("Reshape", op("MatMul", op("Reshape", given["q"], [0, H, G, D]), S), [0, G * H, M])
 
 
 # --- attention ---------------------------------------------------------------------------------------------------------------------------
 
 def causal_linear_attention_step_model(q_t: Array, k_t: Array, v_t: Array, *, feature_map: str = "elu1", eps: float = 1e-6) -> Any:
-    """Step."""
-    _check_phi(feature_map)
-    out, state = attention.causal_linear_attention_step(q_t, k_t, v_t, feature_map=feature_map, eps=eps)
-    return _attention_model({"q_t": q_t, "k_t": k_t, "v_t": v_t}, state, "out_t", out, feature_map, eps, None)
+    """One position with feature map and normaliser, in plain operators: `refattn.causal_linear_attention_step` (eq. 18-20).
+
+    Parameters
+    ----------
+    q_t : (B, G·H, D);  k_t : (B, H, D);  v_t : (B, H, M)
+        Examples, as in `recurrence_step_model`.
+    feature_map : str
+        "elu1", "relu" or "exp".
+    eps : float
+        As in `refattn.causal_linear_attention_step`.
+
+    Returns
+    -------
+    model : onnx.ModelProto
+        From q_t, k_t, v_t, S (B, H, D, M) and z (B, H, D) to out_t (B, G·H, M), new_S and new_z.
+
+    Raises
+    ------
+    ValueError, TypeError
+        `feature_map: expected 'elu1', 'relu', 'exp', got 'dpfp'; …`; those of `refattn.causal_linear_attention_step` and `recurrence_step_model`.
+
+    Examples
+    --------
+    >>> x = np.zeros((1, 2, 4), np.float32)
+    >>> [value.name for value in causal_linear_attention_step_model(x, x, x).graph.input]
+    ['q_t', 'k_t', 'v_t', 'S', 'z']
+    """
+    return _attention_model(attention.causal_linear_attention_step, {"q_t": q_t, "k_t": k_t, "v_t": v_t}, feature_map, eps, None)
 
 
 def causal_linear_attention_model(q: Array, k: Array, v: Array, *, feature_map: str = "elu1", eps: float = 1e-6,
                                   operator: str = "Scan") -> Any:
-    """Whole."""
+    """Any number of positions with feature map and normaliser, from a state to a state: `refattn.causal_linear_attention` (eq. 8-12).
+
+    φ and the normaliser, which is one more column of ones in v, are plain operators around the recurrence, whatever its `operator`.
+
+    Parameters
+    ----------
+    q : (B, G·H, N, D);  k : (B, H, N, D);  v : (B, H, N, M)
+        Examples, as in `recurrence_model`.
+    feature_map, eps
+        As in `causal_linear_attention_step_model`.
+    operator : str
+        As in `recurrence_model`.
+
+    Returns
+    -------
+    model : onnx.ModelProto
+        From q, k, v, S (B, H, D, M) and z (B, H, D) to out (B, G·H, N, M), new_S and new_z.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Those of `causal_linear_attention_step_model` and `recurrence_model`.
+
+    Examples
+    --------
+    >>> x = np.zeros((1, 2, 3, 4), np.float32)
+    >>> [value.name for value in causal_linear_attention_model(x, x, x).graph.output]
+    ['out', 'new_S', 'new_z']
+    """
     check_choice("operator", operator, OPERATORS)
+    return _attention_model(attention.causal_linear_attention, {"q": q, "k": k, "v": v}, feature_map, eps, operator)
+
+
+def _attention_model(f: Callable[..., Any], arrays: dict[str, Any], feature_map: str, eps: float, operator: str | None) -> Any:
+    _check_axes(arrays, operator)
     _check_phi(feature_map)
-    out, state = attention.causal_linear_attention(q, k, v, feature_map=feature_map, eps=eps)
-    return _attention_model({"q": q, "k": k, "v": v}, state, "out", out, feature_map, eps, operator)
+    out, state = f(*arrays.values(), feature_map=feature_map, eps=eps)
+    op, nodes = _graph(dtype_name(out), operator)
+    results = _attention(op, [*arrays, "S", "z"], _sizes(*arrays.values()), feature_map, float(eps), operator)
+    return _model(nodes, arrays, {"out": out}, state._asdict(), results, operator)
 
 
-def _attention_model(given: dict[str, Any], state: attention.State, name: str, out: Array, feature_map: str, eps: float,
-                     operator: str | None) -> Any:
-    free = "B" if operator is None else "B.N"
-    inputs = {x: (array, free) for x, array in given.items()} | {"S": (state.S, "B"), "z": (state.z, "B")}
-    outputs = {name: (out, free), "new_S": (state.S, "B"), "new_z": (state.z, "B")}
-    return _model(name, inputs, outputs, f"{', '.join(outputs)} = refattn.Attention ({', '.join(inputs)})",
-                  _attention(_sizes(*given.values()), feature_map, eps, _type(out), operator), operator)
-
-
-def _attention(sizes: dict[str, int], feature_map: str, eps: float, T: str, operator: str | None) -> str:
-    return "\n".join((_fill(PHI[feature_map], T=T), _fill(ATTENTION, T=T, M=sizes["M"], eps=float(eps),
-                      zeros="0, 0, 0, 0, 0, 0, 0" if operator else "0, 0, 0, 0, 0"),
-                      _recurrence(sizes | {"M": sizes["M"] + 1}, "linear", False, operator)))
+def _attention(op: Op, given: list[str], sizes: tuple[int, ...], feature_map: str, eps: float, operator: str | None) -> list[str]:
+    """[num | den] = f(φ(q), φ(k), [v | 1]; [S | z]), out = num / (den + ε), and 0 where that is 0: (out, new S, new z)."""
+    (q, k, v, S, z), (*others, M), phi = given, sizes, PHI[feature_map]
+    v_one = op("Pad", v, [0] * (5 if operator is None else 7) + [1], 1.0)           # onnxruntime 1.32 mistakes the shorter form, with axes
+    Sz, both = _recurrence(op, op("Concat", S, op("Unsqueeze", z, [-1]), axis=-1), {"q": phi(op, q), "k": phi(op, k), "v": v_one}, rule="linear",
+                           sizes=(*others, M + 1), operator=operator)
+    num, den = op("Split", both, [M, 1], outputs=2, axis=-1)
+    S, z = op("Split", Sz, [M, 1], outputs=2, axis=-1)
+    den = op("Add", den, eps)
+    return [op("Div", num, op("Where", op("Equal", den, 0.0), math.inf, den)), S, op("Squeeze", z, [-1])]
 
 
 # --- the transformer ---------------------------------------------------------------------------------------------------------------------
 
 def transformer_step_model(params: Params, config: Config) -> Any:
-    """Step."""
+    """One token, or vector, of a causal transformer with linear attention, in plain operators: `transformer_step`.
+
+    Parameters
+    ----------
+    params : dict
+        float32 or float64; they become the model's initialisers under their own names.
+    config : Config
+        causal, attention "linear", feature_map "elu1", "relu" or "exp". Sinusoidal positions become a table of config.length rows; for longer
+        sequences give a config of greater length.
+
+    Returns
+    -------
+    model : onnx.ModelProto
+        From input_t, (B,) int64 or (B, features), position, an int64, and S0, z0, S1, … of `transformer_step_init(…).layers` to logits_t (B, V),
+        new_position, new_S0, …
+
+    Raises
+    ------
+    ValueError, TypeError
+        `attention: expected 'linear', got 'softmax', whose state grows with each position; …`; `feature_map: …`; those of `transformer_step`.
+
+    Examples
+    --------
+    >>> from refattn.transformer import transformer_init
+    >>> config = Config(vocabulary=10, length=16, width=8, heads=2, layers=1, feed_forward=32)
+    >>> model = transformer_step_model(transformer_init(np.random.default_rng(0), config), config)
+    >>> [value.name for value in model.graph.input], [value.name for value in model.graph.output]
+    (['input_t', 'position', 'S0', 'z0'], ['logits_t', 'new_position', 'new_S0', 'new_z0'])
+    """
     return _transformer_model(params, config, None)
 
 
 def transformer_model(params: Params, config: Config, *, operator: str = "Scan") -> Any:
-    """Whole."""
+    """Whole sequences, prompts or parts of them: `transformer_prefill`, but from any state and not only from the first one.
+
+    Parameters
+    ----------
+    params, config
+        As in `transformer_step_model`.
+    operator : str
+        As in `recurrence_model`.
+
+    Returns
+    -------
+    model : onnx.ModelProto
+        From inputs, (B, N) int64 or (B, N, features), position, S0, z0, S1, … to logits (B, N, V), new_position, new_S0, …: the state from which
+        the same model, or that of `transformer_step_model`, goes on.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Those of `transformer_step_model` and `recurrence_model`.
+
+    Examples
+    --------
+    >>> from onnx.reference import ReferenceEvaluator
+    >>> from refattn.transformer import transformer_init
+    >>> config = Config(vocabulary=10, length=16, width=8, heads=2, layers=1, feed_forward=32)
+    >>> model = transformer_model(transformer_init(np.random.default_rng(0), config), config)
+    >>> state = [np.array(0), *transformer_step_init(config, batch=1).layers[0]]
+    >>> logits, position, *state = ReferenceEvaluator(model).run(None, dict(zip(["inputs", "position", "S0", "z0"], [np.array([[1, 2, 3]]), *state])))
+    >>> logits.shape, position.tolist()
+    ((1, 3, 10), 3)
+    """
     check_choice("operator", operator, OPERATORS)
     return _transformer_model(params, config, operator)
 
@@ -354,83 +343,124 @@ def _transformer_model(params: Params, config: Config, operator: str | None) -> 
         raise ValueError(f"attention: expected 'linear', got {config.attention!r}, whose state grows with each position; export a model of "
                          "linear attention")
     _check_phi(config.feature_map)
-    dtype, E, H = params["head.weight"].dtype, config.width, config.heads
-    many, learned = operator is not None, config.positions == "learned"
-    given, name, logits, free = ("inputs", "transformer", "logits", "BN") if many else ("input_t", "transformer_step", "logits_t", "B")
-    state = transformer_step_init(config, 1, dtype)
-    states = {f"{x}{i}": (getattr(layer, x), "B") for i, layer in enumerate(state.layers) for x in "Sz"}
-    position = {"position": (np.array(0), "")}
-    example = np.zeros((1,) * len(free) + (config.features,) * (config.features > 0), dtype if config.features else int)
-    out = transformer_prefill(params, example, config)[0] if many else transformer_step(params, example, state, config)[0]
+    params = {key: on_host(x) for key, x in params.items()}
+    head, E, H = params["head.weight"], config.width, config.heads
+    start = transformer_step_init(config, 1, head.dtype)
+    axes = (1,) if operator is None else (1, 1)
+    inputs = np.zeros((*axes, config.features), head.dtype) if config.features else np.zeros(axes, int)
+    logits = (transformer_step(params, inputs, start, config) if operator is None else transformer_prefill(params, inputs, config))[0]
+    if config.positions == "sinusoidal":
+        params["positions.weight"] = positions_forward(params, np.zeros((config.length, E), head.dtype), config, 0)[0]
+    op, nodes = _graph(head.dtype.name, operator)
 
-    own = [key.removeprefix("blocks.0.") for key in params if key.startswith("blocks.0.")]
-    pre, where, constants = config.norm == "pre", '"positions.weight"' if learned else "rates, even", dict(params)
-    if not learned:
-        constants |= {"rates": np.repeat(10000.0 ** (np.arange(0, E, 2) / E), 2)[:E], "even": np.arange(E) % 2 == 0}
-    body = [f'x = refattn.Affine ({given}, "input.weight", "input.bias")' if config.features else f'x = Gather ("token.weight", {given})',
-            f"x0, new_position = refattn.Positions (x, position, {where})"]
+    def affine(name: str, x: str) -> str:
+        return op("Add", op("MatMul", x, f"{name}.weight"), f"{name}.bias")
+
+    def norm(name: str, x: str) -> str:
+        c = op("Sub", x, op("ReduceMean", x, [-1]))
+        rate = op("Sqrt", op("Add", op("ReduceMean", op("Mul", c, c), [-1]), EPS_NORM))
+        return op("Add", op("Mul", op("Div", c, rate), f"{name}.weight"), f"{name}.bias")
+
+    def gelu(x: str) -> str:
+        slope = op("Add", op("Mul", op("Mul", x, x), 0.044715), 1.0)
+        return op("Mul", op("Mul", x, 0.5), op("Add", op("Tanh", op("Mul", op("Mul", x, slope), math.sqrt(2 / math.pi))), 1.0))
+
+    def around(name: str, x: str, inner: Callable[[str, str], str]) -> str:
+        if config.norm == "pre":
+            return op("Add", x, inner(name, norm(f"{name}.norm", x)))
+        return norm(f"{name}.norm", op("Add", x, inner(name, x)))
+
+    def heads(x: str) -> str:
+        return op("Reshape", x, [0, H, E // H]) if operator is None else op("Transpose", op("Reshape", x, [0, 0, H, E // H]), perm=[0, 2, 1, 3])
+
+    def attend(name: str, x: str) -> str:
+        q, k, v = (heads(affine(f"{name}.{part}", x)) for part in ("query", "key", "value"))
+        mixed, *state = _attention(op, [q, k, v, f"S{i}", f"z{i}"], (H, 1, E // H, E // H), config.feature_map, EPS_ATTENTION, operator)
+        states.extend(state)
+        merged = mixed if operator is None else op("Transpose", mixed, perm=[0, 2, 1, 3])
+        return affine(f"{name}.out", op("Reshape", merged, [0, E] if operator is None else [0, 0, E]))
+
+    def feed_forward(name: str, x: str) -> str:
+        inner = affine(f"{name}.in", x)
+        return affine(f"{name}.out", op("Relu", inner) if config.activation == "relu" else gelu(inner))
+
+    given = "input_t" if operator is None else "inputs"
+    x = affine("input", given) if config.features else op("Gather", "token.weight", given)
+    count = 1 if operator is None else op("Squeeze", op("Shape", x, start=1, end=2))
+    new_position = op("Add", "position", count)
+    x = op("Add", x, op("Gather", "positions.weight", "position" if operator is None else op("Range", "position", new_position, 1)))
+    states: list[str] = []
     for i in range(config.layers):
-        weights = ", ".join(f'"blocks.{i}.{key}"' for key in own)
-        body.append(f"x{i + 1}, new_S{i}, new_z{i} = refattn.Block (x{i}, S{i}, z{i}, {weights})")
-    body += [f'y = refattn.Norm (x{config.layers}, "norm.weight", "norm.bias")' if pre else f"y = Identity (x{config.layers})",
-             f'{logits} = refattn.Affine (y, "head.weight", "head.bias")']
-    sizes = {"H": H, "G": 1, "HG": H, "D": E // H, "M": E // H, "E": E}
-    T = _type(out)
-    functions = "\n".join((
-        _fill(LAYERS, T=T, eps_norm=EPS_NORM, gelu_c=math.sqrt(2 / math.pi), rows=LENGTHS[many], positions="W" if learned else "rates, even",
-              vectors=_fill(VECTORS[config.positions], size=math.sqrt(E / 2)), own=", ".join(f'"{key}"' for key in own),
-              enter="Norm" if pre else "Same", leave="Same" if pre else "Norm",
-              activation="Relu" if config.activation == "relu" else "refattn.Gelu"),
-        _fill(HEADS[many], **sizes), _attention(sizes, config.feature_map, EPS_ATTENTION, T, operator)))
-    return _model(name, {given: (example, free)} | position | states,
-                  {logits: (out, free)} | {f"new_{x}": value for x, value in (position | states).items()}, "\n".join(body), functions, operator,
-                  constants)
+        x = around(f"blocks.{i}.attention", x, attend)
+        x = around(f"blocks.{i}.feed_forward", x, feed_forward)
+    if config.norm == "pre":
+        x = norm("norm", x)
+    state = {"position": np.array(0)} | {f"{name}{i}": x for i, layer in enumerate(start.layers) for name, x in layer._asdict().items()}
+    return _model(nodes, {given: inputs}, {"logits": logits}, state, [affine("head", x), new_position, *states], operator, params)
 
 
 # --- what they share ---------------------------------------------------------------------------------------------------------------------
 
-def _model(name: str, inputs: dict[str, tuple[Array, str]], outputs: dict[str, tuple[Array, str]], body: str, functions: str,
-           operator: str | None, constants: Params | None = None) -> Any:
-    """The checked model of one body. Inputs and outputs are (an example, the letters of its free axes: "B.N" for the first and the third)."""
-    opset = OPSET_FUSED if operator == "LinearAttention" else OPSET
-    domains = f'"": {opset}, "refattn": 1' + ', "com.microsoft": 1' * (operator == OPERATORS[2])
-    version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
-    text = f"<ir_version: {version}, opset_import: [{domains}]>\n{name} ({_values(inputs)}) => ({_values(outputs)})\n{{\n{body}\n}}\n"
-    text += "\n".join(f'<domain: "refattn", opset_import: [{domains}]>\n{function}' for function in re.split(r"\n+(?=[A-Z])", functions.strip()))
-    model = onnx.parser.parse_model(text)
-    model.graph.initializer.extend(onnx.numpy_helper.from_array(on_host(x), key) for key, x in (constants or {}).items())
-    model = onnx.inliner.inline_local_functions(model)
-    del model.opset_import[[x.domain for x in model.opset_import].index("refattn")]
-    model.producer_name = "refattn"
+def _graph(dtype: str, operator: str | None, prefix: str = "") -> tuple[Op, list[Any]]:
+    """`op`, and the list of nodes that it adds to."""
+    if dtype not in ("float32", "float64"):
+        raise ValueError(f"dtype: expected float32 or float64, got {dtype}, whose sums the library keeps in float32; export float32 and cast at the "
+                         "border of the model")
+    if dtype == "float64" and operator in OPERATORS[1:]:
+        raise ValueError(f"operator: expected 'Scan' for float64 arrays, got {operator!r}, which has float32 at most; cast them, or scan")
+    nodes: list[Any] = []
+
+    def add(kind: str, inputs: list[str], outputs: int, **attributes: Any) -> Any:
+        made = [f"{prefix}{kind}_{len(nodes)}" + f"_{i}" * (outputs > 1) for i in range(outputs)]
+        nodes.append(onnx.helper.make_node(kind, inputs, made, **attributes))
+        return made if outputs > 1 else made[0]
+
+    def op(kind: str, *inputs: Any, outputs: int = 1, **attributes: Any) -> Any:
+        return add(kind, [x if isinstance(x, str) else add("Constant", [], 1, value=onnx.numpy_helper.from_array(np.array(
+            x, dtype if isinstance(x, float) else np.int64))) for x in inputs], outputs, **attributes)
+
+    return op, nodes
+
+
+def _model(nodes: list[Any], arrays: dict[str, Array], out: dict[str, Array], state: dict[str, Array], results: list[str],
+           operator: str | None, params: Params | None = None) -> Any:
+    """The checked model. `results`: what the outputs and the new state are called in `nodes`. Arrays are examples of what goes in and out."""
+    free = ("B",) if operator is None else ("B", None, "N") if params is None else ("B", "N")
+    out = {name + "_t" * (operator is None): x for name, x in out.items()}
+    after = {f"new_{name}": x for name, x in state.items()}
+    named = dict(zip(results, (*out, *after), strict=True))
+    for node in nodes:
+        for names in (node.input, node.output):
+            names[:] = [named.get(name, name) for name in names]
+
+    def values(arrays: dict[str, Array], free: tuple[str | None, ...]) -> list[Any]:
+        return [onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype_name(x))), [
+            letter or n for n, letter in zip(x.shape, (*free, None, None, None), strict=False)]) for name, x in arrays.items()]
+
+    opsets = [onnx.helper.make_opsetid("", 27 if operator == "LinearAttention" else 20)]
+    version = onnx.helper.find_min_ir_version_for(opsets)
+    opsets += [onnx.helper.make_opsetid("com.microsoft", 1)] * (operator == OPERATORS[2])
+    graph = onnx.helper.make_graph(nodes, "refattn", values(arrays, free) + values(state, ("B",)), values(out, free) + values(after, ("B",)),
+                                   [onnx.numpy_helper.from_array(x, name) for name, x in (params or {}).items()])
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=version, producer_name="refattn")
     onnx.checker.check_model(model, full_check=True)
     return model
 
 
-def _values(named: dict[str, tuple[Array, str]]) -> str:
-    def value(name: str, x: Array, free: str) -> str:
-        sizes = ", ".join(letter if letter.isalpha() else str(n) for n, letter in zip(x.shape, free.ljust(x.ndim, "."), strict=True))
-        return f"{_type(x)}{f'[{sizes}]' * bool(x.ndim)} {name}"
-
-    return ", ".join(value(name, x, free) for name, (x, free) in named.items())
+def _sizes(q: Array, k: Array, v: Array, *_: Any) -> tuple[int, int, int, int]:
+    """(H, G, D, M)."""
+    return k.shape[1], q.shape[1] // max(k.shape[1], 1), k.shape[-1], v.shape[-1]
 
 
-def _type(x: Array) -> str:
-    name = dtype_name(x)
-    if name not in TYPES:
-        raise ValueError(f"dtype: expected float32 or float64, got {name}; the library keeps sums of {name} in float32, so export float32 and "
-                         "cast at the model's border")
-    return TYPES[name]
-
-
-def _fill(text: str, **values: Any) -> str:
-    return Template(text).substitute(values)
-
-
-def _sizes(q: Array, k: Array, v: Array) -> dict[str, int]:
-    return {"H": k.shape[1], "G": q.shape[1] // k.shape[1], "HG": q.shape[1], "D": k.shape[-1], "M": v.shape[-1]}
+def _check_axes(arrays: dict[str, Any], operator: str | None) -> None:
+    namespace(**arrays)
+    name, q = next(iter(arrays.items()))
+    if q.ndim != (3 if operator is None else 4):
+        raise ValueError(f"{name}: expected {'(B, Hq, D)' if operator is None else '(B, Hq, N, D)'}, got {tuple(q.shape)}; a model has the axes of "
+                         "sequences and heads, be they of size 1")
 
 
 def _check_phi(feature_map: Any) -> None:
     if feature_map not in PHI:
-        raise ValueError(f"feature_map: expected {', '.join(map(repr, PHI))}, got {feature_map!r}; map q and k in a model of your own in front "
-                         "of recurrence_model, or train with one of these")
+        raise ValueError(f"feature_map: expected {', '.join(map(repr, PHI))}, got {feature_map!r}; train with one of these, or map q and k in a "
+                         "model of your own in front of recurrence_model")
