@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refattn import causal_linear_attention, oracle
+from refattn import State, causal_linear_attention, oracle
 from refattn.generate import generate
 from refattn.losses import cross_entropy_backward, cross_entropy_forward
 from refattn.optim import adam_init, adam_step
@@ -94,7 +94,7 @@ def test_a_prefill_is_the_recurrence(rule, decay, program, operator):
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize(("rule", "decay"), DECAYS)
 def test_steps_are_the_recurrence(rule, decay, program):
-    report = check_kernel(stepped(program, rule), rule=rule, decay=decay, grouped=True, examples=8)
+    report = check_kernel(stepped(program, rule), rule=rule, decay=decay, grouped=True, examples=5)
     assert report.passed, str(report)
 
 
@@ -161,11 +161,13 @@ def test_normalised_attention_is_that_of_the_oracle(program, operator, phi, c, s
 
 @pytest.mark.parametrize(("program", "operator"), ATTENTIONS)
 def test_a_query_that_no_key_counts_for_gets_zeros(program, operator, rng):
+    """The denominator is exactly 0, whatever S holds: ε = 0, z = 0 and φ(k) = 0 up to position 2."""
     q, k = np.abs(rng.standard_normal((2, 2, 3, 4, 5))).astype(np.float32)
-    k[:, :, :2] *= -1                                                            # φ(k) = 0: nothing is there before position 2
-    v, S, z = (rng.standard_normal((2, 3, 4, 6)).astype(np.float32), np.zeros((2, 3, 5, 6), np.float32), np.zeros((2, 3, 5), np.float32))
+    k[:, :, :2] *= -1
+    v, S, z = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 3, 4, 6), (2, 3, 5, 6), (2, 3, 5)))
+    z *= 0
     out, _, _ = attended(program, operator, "relu", 0.0, q, k, v, S, z)
-    expected, _ = causal_linear_attention(q, k, v, feature_map="relu", eps=0)
+    expected, _ = causal_linear_attention(q, k, v, State(S, z), feature_map="relu", eps=0)
     assert (out[:, :, :2] == 0).all() and (out[:, :, 2:] != 0).all() and np.isfinite(out).all()
     np.testing.assert_array_equal(out == 0, expected == 0)
 
@@ -249,7 +251,8 @@ def texts(rng: np.random.Generator, count: int) -> np.ndarray:
 def test_a_trained_model_says_in_onnxruntime_what_it_says_here(trained, operator):
     config, params, losses = trained
     kept = {key: x.copy() for key, x in params.items()}
-    whole, step = onnxruntime(adapter.transformer_model(params, config, operator=operator)), onnxruntime(adapter.transformer_step_model(params, config))
+    whole = onnxruntime(adapter.transformer_model(params, config, operator=operator))
+    step = onnxruntime(adapter.transformer_step_model(params, config))
     assert losses[0] > 1.8 and losses[-1] < 0.2, losses                          # nats; of eight letters at random ln 8 = 2.08
     text = texts(np.random.default_rng(1), 16)
     near([whole(text, *flat(transformer_step_init(config, 16)))[0]], [transformer_forward(params, text, config)[0]], np.float32)
@@ -293,7 +296,8 @@ QKV, QKV_T = arrays((5, 6, 9, 4), (5, 2, 9, 4), (5, 2, 9, 3)), arrays((5, 6, 4),
 def test_inputs_and_outputs_are_called_as_in_the_library_and_free_in_b_and_n():
     gates, gates_t = arrays((5, 2, 9, 4), (5, 2, 9)), arrays((5, 2), (5, 2))
     assert signature(adapter.recurrence_model(*QKV, *gates, rule="gated_delta")) == [
-        "q float32(B, 6, N, 4), k float32(B, 2, N, 4), v float32(B, 2, N, 3), g float32(B, 2, N, 4), beta float32(B, 2, N), state float32(B, 2, 4, 3)",
+        "q float32(B, 6, N, 4), k float32(B, 2, N, 4), v float32(B, 2, N, 3), g float32(B, 2, N, 4), beta float32(B, 2, N), "
+        "state float32(B, 2, 4, 3)",
         "out float32(B, 6, N, 3), new_state float32(B, 2, 4, 3)"]
     assert signature(adapter.recurrence_step_model(*QKV_T, beta_t=gates_t[1], rule="delta")) == [
         "q_t float32(B, 6, 4), k_t float32(B, 2, 4), v_t float32(B, 2, 3), beta_t float32(B, 2), state float32(B, 2, 4, 3)",
@@ -321,8 +325,8 @@ def nodes(graph: Any) -> Iterator[Any]:
     (SCAN, {"": 20}, {("", "Scan")}), (STANDARD, {"": 27}, {("", "LinearAttention")}),
     (FUSED, {"": 20, "com.microsoft": 1}, {("com.microsoft", "LinearAttention")})])
 def test_a_model_has_the_one_operator_that_was_asked_for_and_plain_ones(operator, opsets, found):
-    plain = {"Add", "Concat", "Constant", "Div", "Equal", "Exp", "Gather", "MatMul", "Max", "Min", "Mul", "Pad", "Range", "ReduceMean", "Reshape", "Shape",
-             "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where"}
+    plain = {"Add", "Concat", "Constant", "Div", "Equal", "Exp", "Gather", "MatMul", "Max", "Min", "Mul", "Pad", "Range", "ReduceMean", "Reshape",
+             "Shape", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where"}
     for model in (adapter.transformer_model(PARAMS, CONFIG, operator=operator), adapter.recurrence_model(*QKV, operator=operator)):
         onnx.checker.check_model(model, full_check=True)
         assert {opset.domain: opset.version for opset in model.opset_import} == opsets and not model.functions
@@ -350,9 +354,10 @@ def test_what_onnx_does_where_the_library_raises():
 @pytest.mark.parametrize(("call", "error", "words"), [
     (lambda: adapter.recurrence_model(*QKV, operator="Loop"), ValueError, "operator: expected 'Scan' or 'LinearAttention' or "
      "'com.microsoft.LinearAttention', got 'Loop'"),
-    (lambda: adapter.recurrence_model(*(x.astype(float) for x in QKV), operator=FUSED), ValueError, "operator: expected 'Scan' for float64 arrays, got "
-     "'com.microsoft.LinearAttention', which has float32 at most; cast them, or scan"),
-    (lambda: adapter.recurrence_model(*(x.astype(np.float16) for x in QKV)), ValueError, "dtype: expected float32 or float64, got float16, whose sums"),
+    (lambda: adapter.recurrence_model(*(x.astype(float) for x in QKV), operator=FUSED), ValueError, "operator: expected 'Scan' for float64 arrays, "
+     "got 'com.microsoft.LinearAttention', which has float32 at most; cast them, or scan"),
+    (lambda: adapter.recurrence_model(*(x.astype(np.float16) for x in QKV)), ValueError, "dtype: expected float32 or float64, got float16, whose "
+     "sums the library keeps in float32; export float32 and cast"),
     (lambda: adapter.recurrence_model(*QKV_T), ValueError, r"q: expected \(B, Hq, N, D\), got \(5, 6, 4\); a model has the axes of sequences"),
     (lambda: adapter.recurrence_step_model(*QKV), ValueError, r"q_t: expected \(B, Hq, D\), got \(5, 6, 9, 4\)"),
     (lambda: adapter.recurrence_model(*QKV, rule="delta"), ValueError, "beta: rule 'delta' needs it"),
@@ -366,8 +371,8 @@ def test_what_onnx_does_where_the_library_raises():
     (lambda: adapter.transformer_step_model(PARAMS, CONFIG._replace(attention="softmax")), ValueError, "attention: expected 'linear', got 'softmax', "
      "whose state grows with each position; export a model of linear attention"),
     (lambda: adapter.transformer_model(PARAMS, CONFIG._replace(causal=False)), ValueError, "config: expected causal=True"),
-    (lambda: adapter.transformer_model(PARAMS, CONFIG._replace(feature_map="softmax")), ValueError, "feature_map: expected 'elu1', 'relu', 'exp', got "),
-    (lambda: adapter.transformer_model({key: x.astype(np.float16) for key, x in PARAMS.items()}, CONFIG), ValueError, "dtype: expected float32 or float64"),
+    (lambda: adapter.transformer_model(PARAMS, CONFIG._replace(feature_map="softmax")), ValueError, "feature_map: expected 'elu1', 'relu', 'exp', "),
+    (lambda: adapter.transformer_model({key: x.astype(np.float16) for key, x in PARAMS.items()}, CONFIG), ValueError, "dtype: expected float32 or"),
     (lambda: adapter.transformer_model(PARAMS, CONFIG, operator="scan"), ValueError, "operator: expected"),
 ])
 def test_what_cannot_be_exported_is_said(call, error, words):

@@ -18,7 +18,7 @@ out under a name with `new_`, since in ONNX no two values share one. Of many pos
 
 | operator                        | runs in                                                                        | arrays                    |
 |---------------------------------|--------------------------------------------------------------------------------|---------------------------|
-| "Scan"                          | every runtime: the step is its body                                            | float32, float64          |
+| "Scan"                          | what knows opset 20; the step is its body                                      | float32, float64          |
 | "LinearAttention"               | what knows opset 27: onnx.reference 1.23; onnxruntime 1.32, as a Scan again    | float32                   |
 | "com.microsoft.LinearAttention" | onnxruntime 1.32: one fused kernel                                             | float32                   |
 
@@ -36,7 +36,7 @@ import numpy as np
 from .. import attention, rules
 from .._array import Array, dtype_name, missing_extra, namespace, on_host
 from ..decoding import EPS_ATTENTION, EPS_NORM
-from ..layers import Params, check_choice
+from ..layers import _GELU_A, _GELU_C, Params, check_choice
 from ..transformer import (Config, check_params, check_recurrent, positions_forward, transformer_prefill, transformer_shapes, transformer_step,
                            transformer_step_init)
 
@@ -362,8 +362,8 @@ def _transformer_model(params: Params, config: Config, operator: str | None) -> 
         return op("Add", op("Mul", op("Div", c, rate), f"{name}.weight"), f"{name}.bias")
 
     def gelu(x: str) -> str:
-        slope = op("Add", op("Mul", op("Mul", x, x), 0.044715), 1.0)
-        return op("Mul", op("Mul", x, 0.5), op("Add", op("Tanh", op("Mul", op("Mul", x, slope), math.sqrt(2 / math.pi))), 1.0))
+        slope = op("Add", op("Mul", op("Mul", x, x), _GELU_A), 1.0)
+        return op("Mul", op("Mul", x, 0.5), op("Add", op("Tanh", op("Mul", op("Mul", x, slope), _GELU_C)), 1.0))
 
     def around(name: str, x: str, inner: Callable[[str, str], str]) -> str:
         if config.norm == "pre":
@@ -447,7 +447,7 @@ def _model(nodes: list[Any], arrays: dict[str, Array], out: dict[str, Array], st
     return model
 
 
-def _sizes(q: Array, k: Array, v: Array, *_: Any) -> tuple[int, int, int, int]:
+def _sizes(q: Array, k: Array, v: Array) -> tuple[int, int, int, int]:
     """(H, G, D, M)."""
     return k.shape[1], q.shape[1] // max(k.shape[1], 1), k.shape[-1], v.shape[-1]
 
