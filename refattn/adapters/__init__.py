@@ -1,0 +1,1 @@
+"""refattn inside other frameworks: one thin file each."""
