@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 import refattn
+from refattn.features import FEATURE_MAPS, positive_random, random_fourier
 from refattn.rules import _forms
 from refattn.testing.check import check_kernel
 from refattn.testing.kernel import torch_backward
 from refattn.testing.laws import derivative
 
 torch = pytest.importorskip("torch", reason="the adapter is one of PyTorch, which is not installed")
-pytest.importorskip("array_api_compat", reason="the adapter takes PyTorch's array API from array-api-compat, which is not installed")
 
 from refattn.adapters import torch as adapter  # noqa: E402
 
@@ -288,8 +288,10 @@ def of_tensors(name: str, arrays: Any, **more: Any) -> tuple[Any, list[Any]]:
 
 
 CASES = [("recurrence", {"rule": rule}) for rule in RULES] + [("recurrence_step", {"rule": rule}) for rule in RULES] + [
-    ("causal_linear_attention", {}), ("causal_linear_attention", {"feature_map": "softmax"}), ("causal_linear_attention_step", {}),
-    ("linear_attention", {"causal": True, "feature_map": "dpfp"}), ("linear_attention", {"key_lengths": [3, 0], "query_lengths": [2, 3]}),
+    ("causal_linear_attention", {}), ("causal_linear_attention_step", {}),
+    *(("linear_attention", {"feature_map": phi}) for phi in FEATURE_MAPS),
+    *(("linear_attention", {"feature_map": phi(3, 2, 0, dtype="float64")}) for phi in (random_fourier, positive_random)),
+    ("linear_attention", {"causal": True}), ("linear_attention", {"key_lengths": [3, 0], "query_lengths": [2, 3]}),
     ("softmax_attention", {}), ("softmax_attention", {"causal": False, "key_lengths": [1, 3]})]
 
 

@@ -29,10 +29,9 @@ from .._array import missing_extra, on_host
 from ..attention import State, _described
 
 try:
-    import array_api_compat.torch as array_api     # type: ignore[import-not-found,import-untyped,unused-ignore]
     import torch
-except ImportError as error:
-    raise missing_extra(error.name.partition(".")[0] if error.name else "torch", "torch") from error
+except ImportError:
+    raise missing_extra("PyTorch", "torch") from None
 
 __all__ = ["causal_linear_attention", "causal_linear_attention_step", "linear_attention", "recurrence", "recurrence_step", "softmax_attention"]
 
@@ -266,13 +265,22 @@ class _ArrayOfTorch(torch.Tensor):                                              
         return _namespace
 
 
-def _creating(function: Callable[..., Any]) -> Callable[..., Any]:
+def _creating(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *arguments, **options: function(*arguments, **options).as_subclass(_ArrayOfTorch)
 
 
-_namespace = ModuleType("torch")                                                  # array_api, but what it makes is such a tensor too
-vars(_namespace).update(vars(array_api))
-vars(_namespace).update({name: _creating(getattr(array_api, name)) for name in ("arange", "asarray", "empty", "eye", "full", "ones", "zeros")})
+_namespace = ModuleType("torch")                                                  # PyTorch's functions, and what the array API has otherwise
+vars(_namespace).update(vars(torch))
+vars(_namespace).update({name: _creating(getattr(torch, name)) for name in ("arange", "asarray", "empty", "eye", "ones", "zeros")})
+vars(_namespace).update(
+    astype=lambda x, dtype: x.to(dtype),
+    cumulative_sum=lambda x, *, axis: torch.cumsum(x, axis),
+    flip=lambda x, *, axis: torch.flip(x, (axis,)),
+    max=lambda x, *, axis, keepdims=False: torch.amax(x, axis, keepdims),
+    maximum=lambda x, y: torch.maximum(x, torch.as_tensor(y, dtype=x.dtype)),
+    minimum=lambda x, y: torch.minimum(x, torch.as_tensor(y, dtype=x.dtype)),
+    repeat=lambda x, repeats, *, axis: torch.repeat_interleave(x, repeats, axis),
+    roll=lambda x, shift, *, axis: torch.roll(x, shift, axis))
 
 
 def _pullback_in_torch(call: Call, tensors: Any) -> Callable[..., tuple[Tensor | None, ...]]:
