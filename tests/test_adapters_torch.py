@@ -20,6 +20,8 @@ torch = pytest.importorskip("torch", reason="the adapter is one of PyTorch, whic
 
 from refattn.adapters import torch as adapter  # noqa: E402
 
+torch.set_num_threads(1)                                                          # small tensors, and the tests share the cores among themselves
+
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")                         # PyTorch's own forward mode calls it
 
 RULES = ["linear", "gated", "delta", "gated_delta"]
@@ -417,6 +419,33 @@ def test_a_compiled_function_runs_it_as_it_is(rng: np.random.Generator) -> None:
 
     compiled = torch.compile(loss, backend="eager")
     same_bits(torch.autograd.grad(compiled(*tensors), tensors), torch.autograd.grad(loss(*tensors), tensors))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(loss, backend="eager", fullgraph=True)(*tensors)
+
+
+def test_batched_cotangents_of_the_old_kind_are_refused() -> None:
+    x = torch.ones(2, 3, 1)
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        torch.autograd.functional.jacobian(lambda q: adapter.recurrence(q, x, x)[0], x, vectorize=True)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_changes_no_gradient_and_frees_memory_only_if_it_is_reentrant(reentrant: bool, rng: np.random.Generator,
+                                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils.checkpoint import checkpoint
+    alive: list[Any] = []
+    to_array = adapter._array
+    tensors = leaves(drawn(rng, "softmax_attention"))
+    f = lambda *tensors: adapter.softmax_attention(*(2 * x for x in tensors))
+    dy = cotangents(rng, [f(*tensors)])
+    expected = torch.autograd.grad(f(*tensors), tensors, dy)
+    monkeypatch.setattr(adapter, "_array", lambda x: (alive.append(weakref.ref(y := to_array(x))), y)[1])
+    out = checkpoint(f, *tensors, use_reentrant=reentrant)
+    gc.collect()
+    assert any(x() is not None for x in alive) != reentrant
+    torch.autograd.backward(out, dy[0])
+    same_bits([x.grad for x in tensors], expected)
 
 
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if not name.endswith("_step")])
