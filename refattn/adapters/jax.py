@@ -20,7 +20,7 @@ from typing import Any
 from .. import attention, rules
 from .._array import Array, missing_extra
 from .._vjp import vjp
-from ..attention import State
+from ..attention import State, _described
 
 try:
     import jax
@@ -171,7 +171,7 @@ def _checked(state: Any, **arrays: Any) -> tuple[Any, ...]:
     _check(**arrays)
     if state is None:
         return (*arrays.values(), None)
-    if not isinstance(state, tuple) or len(state) != 2:
-        raise TypeError(f"state: expected State(S, z) as a former call returned it, got {type(state).__name__}")
+    if not isinstance(state, tuple) or len(state) != 2 or state[0] is None or state[1] is None:
+        raise TypeError(f"state: expected State(S, z) as a former call returned it, got {_described(state)}")
     _check(**{"state.S": state[0], "state.z": state[1]})
     return (*arrays.values(), State(*state))
