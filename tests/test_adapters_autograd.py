@@ -205,8 +205,7 @@ def test_of_real_numbers_they_keep_the_budget(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_element_of_a_second_derivative_is_the_complex_step_of_the_definition(layout: str, rng: np.random.Generator) -> None:
     """Outputs and gradients are sums of products of inputs and cotangents: at z + iεt their imaginary part is ε times the derivative along t,
-    and
-    a term in ε³"""
+    an integer here, and a term in ε³."""
     inputs, cotangents = linear_case(rng, layout)
     z = (*inputs, *cotangents)
     along = tuple(rng.integers(-1, 2, x.shape).astype(float) for x in z)
