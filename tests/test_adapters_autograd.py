@@ -158,6 +158,9 @@ def test_a_cotangent_of_another_precision_is_rounded_to_its_outputs(rng: np.rand
     expected = gradients(linear, inputs, (dout, dstate))
     found = gradients(linear, inputs, (dout.astype("float64"), dstate.astype("float64")))
     assert all(x.dtype == "float32" and np.array_equal(x, y) for x, y in zip(found, expected, strict=True))
+    q, k, v, _ = inputs
+    one, other = (gradients(adapter.softmax_attention, (q, k, v), d) for d in (dout, dout.astype("float64")))
+    assert all(x.dtype == "float32" and np.array_equal(x, y) for x, y in zip(other, one, strict=True))
 
 
 def test_nothing_is_written_to_and_any_strides_do(rng: np.random.Generator) -> None:
