@@ -153,11 +153,17 @@ _causal, _causal_step = _differentiable(attention.causal_linear_attention), _dif
 def _options(**options: Any) -> Options:
     """As a key of what is compiled. With its repr: True and 1 are equal, and are not taken for one another."""
     for name, value in options.items():
-        try:
-            hash(value)
-        except TypeError:
-            raise TypeError(f"{name}: expected a value that is known before tracing, got {type(value).__name__}") from None
+        if isinstance(value, jax.Array) or not _hashable(value):
+            raise TypeError(f"{name}: expected a value that is known before tracing, got {type(value).__name__}")
     return tuple((name, value, repr(value)) for name, value in options.items())
+
+
+def _hashable(x: Any) -> bool:
+    try:
+        hash(x)
+    except TypeError:
+        return False
+    return True
 
 
 def _check(**arrays: Any) -> None:
