@@ -71,7 +71,7 @@ def test_it_is_the_recurrence_and_its_gradients_are_the_hand_derived_ones(rule: 
 
     report = check_kernel(fn, backward=lambda dout, dstate, *inputs: gradients(fn, inputs, (dout, dstate)), rule=rule, decay=decay, grouped=True,
                           scale=0.5, dtype=dtype, examples=5)
-    assert report.passed and len(report.cases) == 11, str(report)
+    assert report.passed and not report.untried and {"in two parts", "gradients of real numbers"} <= set(report.cases), str(report)
 
 
 def cases(rng: np.random.Generator) -> dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]]:

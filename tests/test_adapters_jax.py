@@ -12,7 +12,6 @@ import refattn
 from refattn.features import FeatureMap
 from refattn.testing import budgets, rules_budget
 from refattn.testing.check import check_kernel
-from refattn.testing.kernel import jax_backward
 
 jax = pytest.importorskip("jax", reason="JAX is not installed: pip install 'refattn[jax]'")
 jnp = jax.numpy
@@ -124,9 +123,9 @@ def check(rule: str, decay: str, dtype: str, examples: int) -> None:
         g, beta, state = (rest[0] if "gated" in rule else None), (rest[-2] if "delta" in rule else None), rest[-1]
         return adapter.recurrence(q, k, v, g, beta, state, rule=rule, scale=0.5)
 
-    report = check_kernel(fn, backward=jax_backward(fn), rule=rule, decay=decay, grouped=True, scale=0.5, dtype=dtype, to=jnp.asarray,
+    report = check_kernel(fn, backward="autodiff", rule=rule, decay=decay, grouped=True, scale=0.5, dtype=dtype, to="jax",
                           examples=examples, time_limit=600)
-    assert report.passed and set(report.cases.values()) == {examples} and len(report.cases) == 11, str(report)
+    assert report.passed and not report.untried and {"in two parts", "gradients of real numbers"} <= set(report.cases), str(report)
 
 
 @pytest.mark.parametrize(("rule", "decay"), KINDS)
