@@ -34,7 +34,7 @@ def padded(x: Any, start: int, stop: int, to: Any) -> None:
     D = x.shape[1]
     for t in range(stop - start):
         for d in range(D):
-            to[t, d] = x[start + t, d]
+            to[t, d] = x[start + t, d] if start + t >= 0 else 0
         for d in range(D, to.shape[1]):
             to[t, d] = 0
     for t in range(stop - start, to.shape[0]):
@@ -44,7 +44,7 @@ def padded(x: Any, start: int, stop: int, to: Any) -> None:
 
 @njit(**options)
 def exponentials(g: Any, start: int, stop: int, a: Any) -> None:
-    """a = exp(g) of a tile, g (N,) or (N, D); 1 behind its last position."""
+    """a = exp(g) of a tile, g (N,) or (N, D); 1 behind its last position, and before the first one there is."""
     whole_registers()
     if g.ndim == 2:
         padded(g, start, stop, a)
@@ -54,7 +54,7 @@ def exponentials(g: Any, start: int, stop: int, a: Any) -> None:
                 store(to, d, exp(load(to, d)))
     else:
         for t in range(TILE):
-            a[t, 0] = np.exp(g[start + t]) if start + t < stop else 1
+            a[t, 0] = np.exp(g[start + t]) if 0 <= start + t < stop else 1
 
 
 @njit(**options)
@@ -146,9 +146,10 @@ def weigh_rows(Q: Any, K: Any, a: Any, at: int, bQ: Any, bK: Any, eK: Any, whole
 # --- the sweep ---------------------------------------------------------------------------------------------------------------------------
 
 @njit(**options)
-def forward(q: Any, k: Any, v: Any, g: Any, beta: Any, S: Any, out: Any, written: Any, scale: Any) -> None:
-    """One head: q, k (N, D), v, out and `written`, which gets u unless it is None, (N, M); g (N,), or (N, D), or None; beta (N,) or None; S (D, M),
-    changed in place."""
+def forward(q: Any, k: Any, v: Any, g: Any, h: Any, beta: Any, S: Any, out: Any, written: Any, scale: Any, late: int) -> None:
+    """One head: q, k (N, D), v, out and `written`, which gets v - Pᵀ k unless it is None, (N, M); beta (N,) or None; S (D, M), changed in place.
+    Decays: g (N,), one for a position, or (N, D), one for each row of S, or h (N, M), one for each column; `late`: 1 if position t fades by what
+    stands at t - 1, and the first one not at all."""
     whole_registers()
     (N, D), M, W, kind = q.shape, v.shape[1], BYTES // S.itemsize, S.dtype
     wide, columns, one = (D + W - 1) // W * W, (M + 2 * W - 1) // (2 * W) * (2 * W), kind.type(1)
@@ -159,14 +160,16 @@ def forward(q: Any, k: Any, v: Any, g: Any, beta: Any, S: Any, out: Any, written
     room = 0 if g is None else 1 if g.ndim == 1 else wide
     a, rows = np.empty((TILE, room), kind), 0 if room < 2 else TILE
     bQ, bK, eK, whole = np.empty((rows, room), kind), np.empty((rows, room), kind), np.empty((rows, room), kind), np.empty((rows, room), kind)
-    step = np.zeros((1, TILE), kind)
+    step, across = np.zeros((1, TILE), kind), np.empty((TILE if h is not None else 0, columns), kind)
     for start in range(0, N, TILE):
         stop = min(start + TILE, N)
         padded(q, start, stop, Q)
         padded(k, start, stop, K)
         padded(v, start, stop, V)
         if g is not None:
-            exponentials(g, start, stop, a)
+            exponentials(g, start - late, stop - late, a)
+        if h is not None:
+            exponentials(h, start - late, stop - late, across)
         if beta is not None:
             for t in range(TILE):
                 step[0, t] = beta[start + t] if start + t < stop else 0
@@ -188,9 +191,9 @@ def forward(q: Any, k: Any, v: Any, g: Any, beta: Any, S: Any, out: Any, written
         for c in range(0, columns, 2 * W):
             for at in range(0, stop - start, 4):
                 if g is not None and g.ndim == 2:
-                    block(bQ, bK, eK, V, O, T, A, B, g, beta, b, e, whole, step, at, c, scale)
+                    block(bQ, bK, eK, V, O, T, A, B, g, h, beta, b, e, whole, across, step, at, c, scale)
                 else:
-                    block(Q, K, K, V, O, T, A, B, g, beta, b, e, whole, step, at, c, scale)
+                    block(Q, K, K, V, O, T, A, B, g, h, beta, b, e, whole, across, step, at, c, scale)
         for t in range(stop - start):
             for m in range(M):
                 out[start + t, m] = O[t, m]
@@ -204,9 +207,9 @@ def forward(q: Any, k: Any, v: Any, g: Any, beta: Any, S: Any, out: Any, written
 
 
 @njit(**options)
-def block(Q: Any, R: Any, K: Any, V: Any, O: Any, S: Any, A: Any, B: Any, g: Any, beta: Any, b: Any, e: Any, whole: Any, step: Any, at: int, c: int,
-          scale: Any) -> None:
-    """Four positions and two vectors of columns. Q, R, K: b ⊙ q, b ⊙ k and e ⊙ k, or the bare ones where b and e are numbers."""
+def block(Q: Any, R: Any, K: Any, V: Any, O: Any, S: Any, A: Any, B: Any, g: Any, h: Any, beta: Any, b: Any, e: Any, whole: Any, across: Any, step: Any,
+          at: int, c: int, scale: Any) -> None:
+    """Four positions and two vectors of columns. Q, R, K: b ⊙ q, b ⊙ k and e ⊙ k, or the bare ones where b and e are numbers, or stand across."""
     whole_registers()
     D, M, W = S.shape[0], S.shape[1], BYTES // S.itemsize
     s, v0, v1, v2, v3 = row(S, 0), row(V, at), row(V, at + 1), row(V, at + 2), row(V, at + 3)
@@ -215,7 +218,7 @@ def block(Q: Any, R: Any, K: Any, V: Any, O: Any, S: Any, A: Any, B: Any, g: Any
     b0, b1, b2, b3 = b[at, 0], b[at + 1, 0], b[at + 2, 0], b[at + 3, 0]
     u0, u1, u2, u3 = load(v0, c), load(v1, c), load(v2, c), load(v3, c)
     w0, w1, w2, w3 = load(v0, c + W), load(v1, c + W), load(v2, c + W), load(v3, c + W)
-    if beta is not None:                                                             # what the state knows of v, then what the four have written
+    if beta is not None:                                                             # less what the state knows, and what the four have written
         r0, r1, r2, r3 = row(R, at), row(R, at + 1), row(R, at + 2), row(R, at + 3)
         o0 = o1 = o2 = o3 = p0 = p1 = p2 = p3 = zeros(s)
         for d in range(D):
@@ -225,18 +228,28 @@ def block(Q: Any, R: Any, K: Any, V: Any, O: Any, S: Any, A: Any, B: Any, g: Any
             o2, p2 = fma(r2[d], x, o2), fma(r2[d], y, p2)
             o3, p3 = fma(r3[d], x, o3), fma(r3[d], y, p3)
         m, h0, h1, h2, h3 = row(B, at // 4), step[0, at], step[0, at + 1], step[0, at + 2], step[0, at + 3]
-        u0, w0 = mul(h0, fma(-b0, o0, u0)), mul(h0, fma(-b0, p0, w0))
-        u1, w1 = mul(h1, fma(-m[1], u0, fma(-b1, o1, u1))), mul(h1, fma(-m[1], w0, fma(-b1, p1, w1)))
-        u2 = mul(h2, fma(-m[3], u0, fma(-m[4], u1, fma(-b2, o2, u2))))
-        w2 = mul(h2, fma(-m[3], w0, fma(-m[4], w1, fma(-b2, p2, w2))))
-        u3 = mul(h3, fma(-m[6], u0, fma(-m[7], u1, fma(-m[8], u2, fma(-b3, o3, u3)))))
-        w3 = mul(h3, fma(-m[6], w0, fma(-m[7], w1, fma(-m[8], w2, fma(-b3, p3, w3)))))
-        put(V, at, c, u0, u1, u2, u3)
-        put(V, at, c + W, w0, w1, w2, w3)
-    f0, f1, f2, f3, h0_, h1_, h2_, h3_ = u0, u1, u2, u3, w0, w1, w2, w3
+        o0, p0 = fma(-b0, o0, u0), fma(-b0, p0, w0)
+        u0, w0 = mul(h0, o0), mul(h0, p0)
+        o1, p1 = fma(-m[1], u0, fma(-b1, o1, u1)), fma(-m[1], w0, fma(-b1, p1, w1))
+        u1, w1 = mul(h1, o1), mul(h1, p1)
+        o2, p2 = fma(-m[3], u0, fma(-m[4], u1, fma(-b2, o2, u2))), fma(-m[3], w0, fma(-m[4], w1, fma(-b2, p2, w2)))
+        u2, w2 = mul(h2, o2), mul(h2, p2)
+        o3 = fma(-m[6], u0, fma(-m[7], u1, fma(-m[8], u2, fma(-b3, o3, u3))))
+        p3 = fma(-m[6], w0, fma(-m[7], w1, fma(-m[8], w2, fma(-b3, p3, w3))))
+        u3, w3 = mul(h3, o3), mul(h3, p3)
+        put(V, at, c, o0, o1, o2, o3)
+        put(V, at, c + W, p0, p1, p2, p3)
+    f0, f1, f2, f3, t0, t1, t2, t3 = u0, u1, u2, u3, w0, w1, w2, w3                    # e ⊙ u
     if g is not None and g.ndim == 1:
         e0, e1, e2 = e[at, 0], e[at + 1, 0], e[at + 2, 0]
-        f0, f1, f2, h0_, h1_, h2_ = mul(e0, u0), mul(e1, u1), mul(e2, u2), mul(e0, w0), mul(e1, w1), mul(e2, w2)
+        f0, f1, f2, t0, t1, t2 = mul(e0, u0), mul(e1, u1), mul(e2, u2), mul(e0, w0), mul(e1, w1), mul(e2, w2)
+    if h is not None:
+        a0, a1, a2, a3 = row(across, at), row(across, at + 1), row(across, at + 2), row(across, at + 3)
+        x, y = mul(load(a2, c), load(a3, c)), mul(load(a2, c + W), load(a3, c + W))
+        f2, t2, f1, t1 = mul(load(a3, c), u2), mul(load(a3, c + W), w2), mul(x, u1), mul(y, w1)
+        f0, t0 = mul(mul(load(a1, c), x), u0), mul(mul(load(a1, c + W), y), w0)
+        x, y = mul(mul(load(a0, c), load(a1, c)), x), mul(mul(load(a0, c + W), load(a1, c + W)), y)
+        all0, all1 = x, y
     o0 = o1 = o2 = o3 = p0 = p1 = p2 = p3 = zeros(s)
     for d in range(D):
         x, y = load(s, d * M + c), load(s, d * M + c + W)
@@ -247,21 +260,40 @@ def block(Q: Any, R: Any, K: Any, V: Any, O: Any, S: Any, A: Any, B: Any, g: Any
         if g is not None:
             keep = b3 if g.ndim == 1 else row(whole, at // 4)[d]
             x, y = mul(keep, x), mul(keep, y)
-        x, y = fma(k0[d], f0, x), fma(k0[d], h0_, y)
-        x, y = fma(k1[d], f1, x), fma(k1[d], h1_, y)
-        x, y = fma(k2[d], f2, x), fma(k2[d], h2_, y)
-        x, y = fma(k3[d], f3, x), fma(k3[d], h3_, y)
+        if h is not None:
+            x, y = mul(all0, x), mul(all1, y)
+        x, y = fma(k0[d], f0, x), fma(k0[d], t0, y)
+        x, y = fma(k1[d], f1, x), fma(k1[d], t1, y)
+        x, y = fma(k2[d], f2, x), fma(k2[d], t2, y)
+        x, y = fma(k3[d], f3, x), fma(k3[d], t3, y)
         store(s, d * M + c, x)
         store(s, d * M + c + W, y)
     m = row(A, at // 4)
-    o0, p0 = fma(m[0], u0, mul(scale * b0, o0)), fma(m[0], w0, mul(scale * b0, p0))
-    o1, p1 = fma(m[1], u0, fma(m[2], u1, mul(scale * b1, o1))), fma(m[1], w0, fma(m[2], w1, mul(scale * b1, p1)))
-    o2 = fma(m[3], u0, fma(m[4], u1, fma(m[5], u2, mul(scale * b2, o2))))
-    p2 = fma(m[3], w0, fma(m[4], w1, fma(m[5], w2, mul(scale * b2, p2))))
-    o3 = fma(m[6], u0, fma(m[7], u1, fma(m[8], u2, fma(m[9], u3, mul(scale * b3, o3)))))
-    p3 = fma(m[6], w0, fma(m[7], w1, fma(m[8], w2, fma(m[9], w3, mul(scale * b3, p3)))))
+    if h is None:
+        o0, p0 = fma(m[0], u0, mul(scale * b0, o0)), fma(m[0], w0, mul(scale * b0, p0))
+        o1, p1 = fma(m[1], u0, fma(m[2], u1, mul(scale * b1, o1))), fma(m[1], w0, fma(m[2], w1, mul(scale * b1, p1)))
+        o2 = fma(m[3], u0, fma(m[4], u1, fma(m[5], u2, mul(scale * b2, o2))))
+        p2 = fma(m[3], w0, fma(m[4], w1, fma(m[5], w2, mul(scale * b2, p2))))
+        o3 = fma(m[6], u0, fma(m[7], u1, fma(m[8], u2, fma(m[9], u3, mul(scale * b3, o3)))))
+        p3 = fma(m[6], w0, fma(m[7], w1, fma(m[8], w2, fma(m[9], w3, mul(scale * b3, p3)))))
+    else:
+        o0, o1, o2, o3 = faded(o0, o1, o2, o3, u0, u1, u2, u3, load(a0, c), load(a1, c), load(a2, c), load(a3, c), m, scale)
+        p0, p1, p2, p3 = faded(p0, p1, p2, p3, w0, w1, w2, w3, load(a0, c + W), load(a1, c + W), load(a2, c + W), load(a3, c + W), m, scale)
     put(O, at, c, o0, o1, o2, o3)
     put(O, at, c + W, p0, p1, p2, p3)
+
+
+@njit(**options)
+def faded(o0: Any, o1: Any, o2: Any, o3: Any, u0: Any, u1: Any, u2: Any, u3: Any, a0: Any, a1: Any, a2: Any, a3: Any, m: Any, scale: Any) -> Any:
+    """b_i ⊙ o_i + Σ_j A_ij u_j Π_{j<s≤i} a_s, where decays stand across."""
+    b = mul(scale, a0)
+    x0 = fma(m[0], u0, mul(b, o0))
+    b, u0 = mul(b, a1), mul(a1, u0)
+    x1 = fma(m[1], u0, fma(m[2], u1, mul(b, o1)))
+    b, u0, u1 = mul(b, a2), mul(a2, u0), mul(a2, u1)
+    x2 = fma(m[3], u0, fma(m[4], u1, fma(m[5], u2, mul(b, o2))))
+    b, u0, u1, u2 = mul(b, a3), mul(a3, u0), mul(a3, u1), mul(a3, u2)
+    return x0, x1, x2, fma(m[6], u0, fma(m[7], u1, fma(m[8], u2, fma(m[9], u3, mul(b, o3)))))
 
 
 @njit(**options)
@@ -270,3 +302,113 @@ def put(X: Any, at: int, c: int, x0: Any, x1: Any, x2: Any, x3: Any) -> None:
     store(row(X, at + 1), c, x1)
     store(row(X, at + 2), c, x2)
     store(row(X, at + 3), c, x3)
+
+
+# --- backward of the delta rules -----------------------------------------------------------------------------------------------------------
+
+@njit(**options)
+def backward_delta(q: Any, k: Any, dout: Any, g: Any, beta: Any, R: Any, du: Any) -> None:
+    """One head from its end, arrays as they are: R (D, M) from the cotangent of the state behind the last position to that of the decayed state
+    before the first write, in place; du (N, M) of what is written before β.
+
+        P = Diag(a_{t+1}) R,   du_t = Pᵀ k_t + (q_t·k_t) do_t,   R ← P + q_t do_tᵀ - β_t k_t du_tᵀ
+
+    for four positions as in `forward`: with C_ij = k_i·q_j and B_ij = k_i·k_j, both faded on the way from j to i,
+
+        du_i = Pᵀ (b_i ⊙ k_i) + Σ_{j≤i} C_ij do_j - Σ_{j<i} B_ij β_j du_j
+    """
+    whole_registers()
+    (N, D), M, W, kind = q.shape, dout.shape[1], BYTES // R.itemsize, R.dtype
+    wide, columns, one = (D + W - 1) // W * W, (M + 2 * W - 1) // (2 * W) * (2 * W), kind.type(1)
+    Q, K, V, O = np.empty((TILE, wide), kind), np.empty((TILE, wide), kind), np.empty((TILE, columns), kind), np.empty((TILE, columns), kind)
+    T, C, B, b, e = np.empty((D, columns), kind), np.empty((TILE // 4, 10), kind), np.empty((TILE // 4, 10), kind), np.ones((TILE, 1), kind), np.ones(
+        (TILE, 1), kind)
+    padded(R, 0, D, T)
+    room = 0 if g is None else 1 if g.ndim == 1 else wide
+    a, rows = np.empty((TILE, room), kind), 0 if room < 2 else TILE
+    bK, eQ, eK, whole, spare = (np.empty((rows, room), kind), np.empty((rows, room), kind), np.empty((rows, room), kind), np.empty((rows, room), kind),
+                                np.empty((rows, room), kind))
+    step = np.zeros((1, TILE), kind)
+    for start in range(0, N, TILE):
+        stop = min(start + TILE, N)
+        padded(q, start, stop, Q)
+        padded(k, start, stop, K)
+        padded(dout, start, stop, V)
+        if g is not None:
+            exponentials(g, start - 1, stop - 1, a)
+        for t in range(TILE):
+            step[0, t] = beta[start + t] if start + t < stop else 0
+        for at in range(0, stop - start, 4):
+            if g is not None and g.ndim == 2:
+                faded_scores(K, Q, a, at, one, C)
+                faded_scores(K, K, a, at, one, B)
+                weigh_rows(K, Q, a, at, bK, spare, eQ, whole)
+                weigh_rows(K, K, a, at, bK, spare, eK, whole)
+            else:
+                scores(K, Q, at, one, C)
+                scores(K, K, at, one, B)
+            if g is not None and g.ndim == 1:
+                fade(C, a, at)
+                fade(B, a, at)
+                weights(a, at, b, e)
+        for c in range(0, columns, 2 * W):
+            for at in range(0, stop - start, 4):
+                if g is not None and g.ndim == 2:
+                    block_delta(bK, eQ, eK, V, O, T, C, B, g, b, e, whole, step, at, c)
+                else:
+                    block_delta(K, Q, K, V, O, T, C, B, g, b, e, whole, step, at, c)
+        for t in range(stop - start):
+            for m in range(M):
+                du[start + t, m] = O[t, m]
+    for d in range(D):
+        for m in range(M):
+            R[d, m] = T[d, m]
+
+
+@njit(**options)
+def block_delta(bK: Any, Q: Any, K: Any, V: Any, O: Any, S: Any, C: Any, B: Any, g: Any, b: Any, e: Any, whole: Any, step: Any, at: int, c: int) -> None:
+    """Four positions and one vector of columns after the other: here two writes are in registers, of do and of du."""
+    whole_registers()
+    D, M, W = S.shape[0], S.shape[1], BYTES // S.itemsize
+    s, n, m = row(S, 0), row(C, at // 4), row(B, at // 4)
+    r0, r1, r2, r3 = row(bK, at), row(bK, at + 1), row(bK, at + 2), row(bK, at + 3)
+    q0, q1, q2, q3 = row(Q, at), row(Q, at + 1), row(Q, at + 2), row(Q, at + 3)
+    k0, k1, k2, k3 = row(K, at), row(K, at + 1), row(K, at + 2), row(K, at + 3)
+    v0, v1, v2, v3 = row(V, at), row(V, at + 1), row(V, at + 2), row(V, at + 3)
+    b0, b1, b2, b3 = b[at, 0], b[at + 1, 0], b[at + 2, 0], b[at + 3, 0]
+    for c in range(c, c + 2 * W, W):
+        o0 = o1 = o2 = o3 = zeros(s)
+        for d in range(D):
+            x = load(s, d * M + c)
+            o0, o1, o2, o3 = fma(r0[d], x, o0), fma(r1[d], x, o1), fma(r2[d], x, o2), fma(r3[d], x, o3)
+        f0, f1, f2, f3 = load(v0, c), load(v1, c), load(v2, c), load(v3, c)
+        o0 = fma(n[0], f0, mul(b0, o0))
+        w0 = mul(-step[0, at], o0)                                                   # what is erased: -β du
+        o1 = fma(m[1], w0, fma(n[1], f0, fma(n[2], f1, mul(b1, o1))))
+        w1 = mul(-step[0, at + 1], o1)
+        o2 = fma(m[3], w0, fma(m[4], w1, fma(n[3], f0, fma(n[4], f1, fma(n[5], f2, mul(b2, o2))))))
+        w2 = mul(-step[0, at + 2], o2)
+        o3 = fma(n[6], f0, fma(n[7], f1, fma(n[8], f2, fma(n[9], f3, mul(b3, o3)))))
+        o3 = fma(m[6], w0, fma(m[7], w1, fma(m[8], w2, o3)))
+        w3 = mul(-step[0, at + 3], o3)
+        put(O, at, c, o0, o1, o2, o3)
+        if g is not None and g.ndim == 1:
+            e0, e1, e2 = e[at, 0], e[at + 1, 0], e[at + 2, 0]
+            f0, f1, f2, w0, w1, w2 = mul(e0, f0), mul(e1, f1), mul(e2, f2), mul(e0, w0), mul(e1, w1), mul(e2, w2)
+        for d in range(D):
+            x = load(s, d * M + c)
+            if g is not None:
+                x = mul(b3 if g.ndim == 1 else row(whole, at // 4)[d], x)
+            x = fma(q0[d], f0, fma(q1[d], f1, fma(q2[d], f2, fma(q3[d], f3, x))))
+            store(s, d * M + c, fma(k0[d], w0, fma(k1[d], w1, fma(k2[d], w2, fma(k3[d], w3, x)))))
+
+
+@njit(**options)
+def decay_gradient(q: Any, dq: Any, k: Any, dk: Any, last: Any, dg: Any) -> None:
+    """dg_t = dg_{t+1} + q_t ⊙ dq_t - k_t ⊙ dk_t from the end, where `last` (D,) = Σ_m S_N ⊙ dS_N stands; dg (N, D), or (N, 1), which gets the sum
+    over the channels. What is there is added to."""
+    N, D = q.shape
+    for t in range(N - 1, -1, -1):
+        for d in range(D):
+            last[d] += q[t, d] * dq[t, d] - k[t, d] * dk[t, d]
+            dg[t, d if dg.shape[1] == D else 0] += last[d]
