@@ -36,15 +36,20 @@ _variants: dict[Any, Any] = {}
 
 def run(name: str, *arguments: Any) -> None:
     """The loop of this name in `sweep`, compiled once for each dtype and each pattern of None, whatever the strides."""
+    key = (name, arguments[0].dtype, *(None if x is None else type(x) if isinstance(x, int) else x.ndim for x in arguments))
+    loop = _variants.get(key)
+    if loop is None:
+        loop = _variants[key] = _compiled(name, arguments)
+    loop(*arguments)
+
+
+def _compiled(name: str, arguments: tuple[Any, ...]) -> Any:
     from numba import njit, types
 
     from . import sweep
     scalar = getattr(types, arguments[0].dtype.name)
-    kinds = tuple(types.none if x is None else types.intp if isinstance(x, int) else scalar if np.ndim(x) == 0 else types.Array(scalar, x.ndim, "A")
-                  for x in arguments)
-    if (name, kinds) not in _variants:
-        _variants[name, kinds] = njit(types.void(*kinds), **sweep.options)(getattr(sweep, name).py_func)
-    _variants[name, kinds](*arguments)
+    kinds = (types.none if x is None else types.intp if isinstance(x, int) else types.Array(scalar, x.ndim, "A") if x.ndim else scalar for x in arguments)
+    return njit(types.void(*kinds), **sweep.options)(getattr(sweep, name).py_func)
 
 
 def _sum(q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.ndarray | None, S: np.ndarray, out: np.ndarray, *, across: bool = False,

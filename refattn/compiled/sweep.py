@@ -11,6 +11,9 @@ a delta,
 which is the chunk of `gated` and `delta` for C = 4: the flops of the loop over positions, 4·D·M for each (6·D·M with a delta), and for two vectors
 of columns of S all that is in use stands in registers. A tile of positions is copied to where rows are whole vectors, zeros behind the last; columns
 are worked off one pair of vectors after the other.
+
+Inner functions take pointers, since Numba counts references to arrays. A number or None (`head`, `channel`, `column`, `delta`) chooses a variant
+when it is compiled: one decay for each position, for each row of S, for each column, and whether there is a β.
 """
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from .vector import BYTES, exp, fma, load, mul, row, store, total, whole_registers, zeros
+from .vector import BYTES, exp, fetch, fma, lanes, load, mul, plus, row, store, total, whole_registers, zeros
 
 from numba import njit                                                                                                # noqa: E402, I001
 
@@ -29,121 +32,134 @@ options: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract"
 # --- a tile of positions -------------------------------------------------------------------------------------------------------------------
 
 @njit(**options)
-def padded(x: Any, start: int, stop: int, to: Any) -> None:
-    """Rows of x where a tile has room for them; zeros behind them and beside them."""
-    D = x.shape[1]
-    for t in range(stop - start):
-        for d in range(D):
-            to[t, d] = x[start + t, d] if start + t >= 0 else 0
-        for d in range(D, to.shape[1]):
-            to[t, d] = 0
-    for t in range(stop - start, to.shape[0]):
-        for d in range(to.shape[1]):
-            to[t, d] = 0
+def padded(x: Any, start: int, stop: int, to: Any, height: int, width: int) -> None:
+    """Rows start … stop - 1 of x in room for `height` rows; zeros behind the last, before row 0 and beside them."""
+    whole_registers()
+    D, W, together = x.shape[1], BYTES // x.itemsize, x.strides[1] == x.itemsize
+    for t in range(height):
+        there, first = plus(to, t * width), 0
+        if start + t < min(stop, x.shape[0]) and start + t >= 0:
+            first = D
+            d = 0
+            if together:
+                given = row(x, start + t)
+                while d + W <= D:
+                    store(there, d, load(given, d))
+                    d += W
+            for i in range(d, D):
+                there[i] = x[start + t, i]
+        for i in range(first, width):
+            there[i] = 0
 
 
 @njit(**options)
-def exponentials(g: Any, start: int, stop: int, a: Any) -> None:
+def written_back(given: Any, width: int, x: Any, start: int, stop: int) -> None:
+    """The reverse of `padded`."""
+    whole_registers()
+    D, W, together = x.shape[1], BYTES // x.itemsize, x.strides[1] == x.itemsize
+    for t in range(stop - start):
+        here, d = plus(given, t * width), 0
+        if together:
+            to = row(x, start + t)
+            while d + W <= D:
+                store(to, d, load(here, d))
+                d += W
+        for i in range(d, D):
+            x[start + t, i] = here[i]
+
+
+@njit(**options)
+def exponentials(g: Any, start: int, stop: int, a: Any, width: int) -> None:
     """a = exp(g) of a tile, g (N,) or (N, D); 1 behind its last position, and before the first one there is."""
     whole_registers()
     if g.ndim == 2:
-        padded(g, start, stop, a)
-        for t in range(TILE):
-            to = row(a, t)
-            for d in range(0, a.shape[1], BYTES // a.itemsize):
-                store(to, d, exp(load(to, d)))
+        padded(g, start, stop, a, TILE, width)
+        for d in range(0, TILE * width, BYTES // g.itemsize):
+            store(a, d, exp(load(a, d)))
     else:
         for t in range(TILE):
-            a[t, 0] = np.exp(g[start + t]) if 0 <= start + t < stop else 1
+            a[t] = np.exp(g[start + t]) if 0 <= start + t < stop else 1
 
 
 @njit(**options)
-def scores(Q: Any, K: Any, at: int, scale: Any, A: Any) -> None:
-    """A_ij = scale · q_i·k_j of a block, row by row."""
+def scores(Q: Any, K: Any, a: Any, width: int, scale: Any, A: Any, head: Any, channel: Any) -> None:
+    """A_ij = scale · q_i·k_j of a block, row by row; k_j fades on its way from j to i."""
     whole_registers()
-    q0, q1, q2, q3 = row(Q, at), row(Q, at + 1), row(Q, at + 2), row(Q, at + 3)
-    k0, k1, k2, k3 = row(K, at), row(K, at + 1), row(K, at + 2), row(K, at + 3)
-    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = s8 = s9 = zeros(q0)
-    for d in range(0, Q.shape[1], BYTES // Q.itemsize):
-        x0, x1, x2, x3, y = load(k0, d), load(k1, d), load(k2, d), load(k3, d), load(q0, d)
+    q1, q2, q3 = plus(Q, width), plus(Q, 2 * width), plus(Q, 3 * width)
+    k1, k2, k3 = plus(K, width), plus(K, 2 * width), plus(K, 3 * width)
+    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = s8 = s9 = zeros(Q)
+    for d in range(0, width, lanes(Q)):
+        x0, y = load(K, d), load(Q, d)
         s0 = fma(y, x0, s0)
-        y = load(q1, d)
+        if channel is not None:
+            x0 = mul(load(plus(a, width), d), x0)
+        x1, y = load(k1, d), load(q1, d)
         s1, s2 = fma(y, x0, s1), fma(y, x1, s2)
-        y = load(q2, d)
+        if channel is not None:
+            f = load(plus(a, 2 * width), d)
+            x0, x1 = mul(f, x0), mul(f, x1)
+        x2, y = load(k2, d), load(q2, d)
         s3, s4, s5 = fma(y, x0, s3), fma(y, x1, s4), fma(y, x2, s5)
-        y = load(q3, d)
+        if channel is not None:
+            f = load(plus(a, 3 * width), d)
+            x0, x1, x2 = mul(f, x0), mul(f, x1), mul(f, x2)
+        x3, y = load(k3, d), load(q3, d)
         s6, s7, s8, s9 = fma(y, x0, s6), fma(y, x1, s7), fma(y, x2, s8), fma(y, x3, s9)
-    keep_scores(A, at // 4, scale, s0, s1, s2, s3, s4, s5, s6, s7, s8, s9)
+    f1 = f2 = f3 = scale * 0 + 1
+    if head is not None:
+        f1, f2, f3 = a[1], a[2], a[3]
+    A[0], A[1], A[2] = scale * total(s0), scale * f1 * total(s1), scale * total(s2)
+    A[3], A[4], A[5] = scale * (f1 * f2) * total(s3), scale * f2 * total(s4), scale * total(s5)
+    A[6], A[7], A[8], A[9] = scale * (f1 * f2 * f3) * total(s6), scale * (f2 * f3) * total(s7), scale * f3 * total(s8), scale * total(s9)
 
 
 @njit(**options)
-def faded_scores(Q: Any, K: Any, a: Any, at: int, scale: Any, A: Any) -> None:
-    """A_ij with a decay for each channel: k_j fades on its way from j to i."""
-    whole_registers()
-    q0, q1, q2, q3 = row(Q, at), row(Q, at + 1), row(Q, at + 2), row(Q, at + 3)
-    k0, k1, k2, k3 = row(K, at), row(K, at + 1), row(K, at + 2), row(K, at + 3)
-    a1, a2, a3 = row(a, at + 1), row(a, at + 2), row(a, at + 3)
-    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = s8 = s9 = zeros(q0)
-    for d in range(0, Q.shape[1], BYTES // Q.itemsize):
-        x0, y = load(k0, d), load(q0, d)
-        s0 = fma(y, x0, s0)
-        x0, x1, y = mul(load(a1, d), x0), load(k1, d), load(q1, d)
-        s1, s2 = fma(y, x0, s1), fma(y, x1, s2)
-        x0, x1, x2, y = mul(load(a2, d), x0), mul(load(a2, d), x1), load(k2, d), load(q2, d)
-        s3, s4, s5 = fma(y, x0, s3), fma(y, x1, s4), fma(y, x2, s5)
-        x0, x1, x2, x3, y = mul(load(a3, d), x0), mul(load(a3, d), x1), mul(load(a3, d), x2), load(k3, d), load(q3, d)
-        s6, s7, s8, s9 = fma(y, x0, s6), fma(y, x1, s7), fma(y, x2, s8), fma(y, x3, s9)
-    keep_scores(A, at // 4, scale, s0, s1, s2, s3, s4, s5, s6, s7, s8, s9)
-
-
-@njit(**options)
-def keep_scores(A: Any, i: int, scale: Any, s0: Any, s1: Any, s2: Any, s3: Any, s4: Any, s5: Any, s6: Any, s7: Any, s8: Any, s9: Any) -> None:
-    to = row(A, i)
-    to[0], to[1], to[2], to[3], to[4] = scale * total(s0), scale * total(s1), scale * total(s2), scale * total(s3), scale * total(s4)
-    to[5], to[6], to[7], to[8], to[9] = scale * total(s5), scale * total(s6), scale * total(s7), scale * total(s8), scale * total(s9)
-
-
-@njit(**options)
-def fade(A: Any, a: Any, at: int) -> None:
-    """A_ij with one decay for all channels."""
-    s, a1, a2, a3 = row(A, at // 4), a[at + 1, 0], a[at + 2, 0], a[at + 3, 0]
-    s[1], s[4], s[8] = s[1] * a1, s[4] * a2, s[8] * a3
-    s[3], s[7] = s[3] * (a1 * a2), s[7] * (a2 * a3)
-    s[6] = s[6] * (a1 * a2 * a3)
-
-
-@njit(**options)
-def weights(a: Any, at: int, b: Any, e: Any) -> None:
+def weights(a: Any, b: Any, e: Any) -> None:
     """b_i and e_i of a block with one decay for all channels."""
-    b[at, 0], e[at + 3, 0] = a[at, 0], 1
+    b[0], e[3] = a[0], 1
     for i in range(3):
-        b[at + i + 1, 0] = b[at + i, 0] * a[at + i + 1, 0]
-        e[at + 2 - i, 0] = e[at + 3 - i, 0] * a[at + 3 - i, 0]
+        b[i + 1] = b[i] * a[i + 1]
+        e[2 - i] = e[3 - i] * a[3 - i]
 
 
 @njit(**options)
-def weigh_rows(Q: Any, K: Any, a: Any, at: int, bQ: Any, bK: Any, eK: Any, whole: Any) -> None:
-    """b ⊙ q, b ⊙ k, e ⊙ k and b_3 of a block with a decay for each channel."""
+def weighed(x: Any, a: Any, width: int, before: Any, behind: Any, whole: Any) -> None:
+    """b ⊙ x and e ⊙ x, and b_3, of the four rows of a block with a decay for each channel."""
     whole_registers()
-    for d in range(0, Q.shape[1], BYTES // Q.itemsize):
-        b = load(row(a, at), d)
-        store(row(bQ, at), d, mul(b, load(row(Q, at), d)))
-        store(row(bK, at), d, mul(b, load(row(K, at), d)))
-        e = load(row(K, at + 3), d)
-        store(row(eK, at + 3), d, e)
-        e = load(row(a, at + 3), d)
-        store(row(eK, at + 2), d, mul(e, load(row(K, at + 2), d)))
+    for d in range(0, width, lanes(x)):
+        b = load(a, d)
+        store(before, d, mul(b, load(x, d)))
         for i in range(1, 4):
-            b = mul(b, load(row(a, at + i), d))
-            store(row(bQ, at + i), d, mul(b, load(row(Q, at + i), d)))
-            store(row(bK, at + i), d, mul(b, load(row(K, at + i), d)))
+            b = mul(load(plus(a, i * width), d), b)
+            store(before, i * width + d, mul(b, load(x, i * width + d)))
+        store(whole, d, b)
+        e = load(plus(a, 3 * width), d)
+        store(behind, 3 * width + d, load(x, 3 * width + d))
+        store(behind, 2 * width + d, mul(e, load(x, 2 * width + d)))
         for i in range(1, -1, -1):
-            e = mul(e, load(row(a, at + i + 1), d))
-            store(row(eK, at + i), d, mul(e, load(row(K, at + i), d)))
-        store(row(whole, at // 4), d, b)
+            e = mul(load(plus(a, (i + 1) * width), d), e)
+            store(behind, i * width + d, mul(e, load(x, i * width + d)))
 
 
-# --- the sweep ---------------------------------------------------------------------------------------------------------------------------
+@njit(**options)
+def ask_for(x: Any, step: int, width: int, start: int, stop: int) -> None:
+    """Rows that are needed next, `step` numbers apart."""
+    for t in range(start, stop):
+        for d in range(0, width, lanes(x)):
+            fetch(x, t * step + d)
+
+
+@njit(**options)
+def of_gate(g: Any, one: Any) -> Any:
+    """(head, channel) for decays g (N,), (N, D) or None."""
+    if g is None:
+        return None, None
+    if g.ndim == 1:
+        return one, None
+    return None, one
+
+
+# --- forward -----------------------------------------------------------------------------------------------------------------------------
 
 @njit(**options)
 def forward(q: Any, k: Any, v: Any, g: Any, h: Any, beta: Any, S: Any, out: Any, written: Any, scale: Any, late: int) -> None:
@@ -152,74 +168,77 @@ def forward(q: Any, k: Any, v: Any, g: Any, h: Any, beta: Any, S: Any, out: Any,
     stands at t - 1, and the first one not at all."""
     whole_registers()
     (N, D), M, W, kind = q.shape, v.shape[1], BYTES // S.itemsize, S.dtype
-    wide, columns, one = (D + W - 1) // W * W, (M + 2 * W - 1) // (2 * W) * (2 * W), kind.type(1)
-    Q, K, V, O = np.empty((TILE, wide), kind), np.empty((TILE, wide), kind), np.empty((TILE, columns), kind), np.empty((TILE, columns), kind)
-    T, A, B, b, e = np.empty((D, columns), kind), np.empty((TILE // 4, 10), kind), np.empty((TILE // 4, 10), kind), np.ones((TILE, 1), kind), np.ones(
-        (TILE, 1), kind)
-    padded(S, 0, D, T)
-    room = 0 if g is None else 1 if g.ndim == 1 else wide
-    a, rows = np.empty((TILE, room), kind), 0 if room < 2 else TILE
-    bQ, bK, eK, whole = np.empty((rows, room), kind), np.empty((rows, room), kind), np.empty((rows, room), kind), np.empty((rows, room), kind)
-    step, across = np.zeros((1, TILE), kind), np.empty((TILE if h is not None else 0, columns), kind)
+    width, columns = (D + W - 1) // W * W, (M + 2 * W - 1) // (2 * W) * (2 * W)
+    one = kind.type(1)
+    head, channel = of_gate(g, one)
+    column, delta = None if h is None else one, None if beta is None else one
+    state, tiles, few = np.empty((1, D * columns), kind), np.empty((6, TILE * width), kind), np.ones((5, TILE // 4 * 10 + TILE), kind)
+    values = np.empty((3, TILE * columns), kind)
+    T, Q, K, bQ, bK, eK, a = row(state, 0), row(tiles, 0), row(tiles, 1), row(tiles, 2), row(tiles, 3), row(tiles, 4), row(tiles, 5)
+    A, B, b, e, step, V, O, across = row(few, 0), row(few, 1), row(few, 2), row(few, 3), row(few, 4), row(values, 0), row(values, 1), row(values, 2)
+    padded(S, 0, D, T, D, columns)
+    at_q, at_k, at_v, at_out = row(q, 0), row(k, 0), row(v, 0), row(out, 0)
+    step_q, step_k, step_v, step_out = q.strides[0] // q.itemsize, k.strides[0] // k.itemsize, v.strides[0] // v.itemsize, out.strides[0] // out.itemsize
+    per_call = (TILE + TILE // 4 * (columns // (2 * W)) - 1) // (TILE // 4 * (columns // (2 * W)))
     for start in range(0, N, TILE):
-        stop = min(start + TILE, N)
-        padded(q, start, stop, Q)
-        padded(k, start, stop, K)
-        padded(v, start, stop, V)
+        stop, ahead = min(start + TILE, N), start + TILE
+        padded(q, start, stop, Q, TILE, width)
+        padded(k, start, stop, K, TILE, width)
+        padded(v, start, stop, V, TILE, columns)
         if g is not None:
-            exponentials(g, start - late, stop - late, a)
+            exponentials(g, start - late, stop - late, a, width)
         if h is not None:
-            exponentials(h, start - late, stop - late, across)
+            exponentials(h, start - late, stop - late, across, columns)
         if beta is not None:
             for t in range(TILE):
-                step[0, t] = beta[start + t] if start + t < stop else 0
+                step[t] = beta[start + t] if start + t < stop else 0
         for at in range(0, stop - start, 4):
-            if g is not None and g.ndim == 2:
-                faded_scores(Q, K, a, at, scale, A)
-                if beta is not None:
-                    faded_scores(K, K, a, at, one, B)
-                weigh_rows(Q, K, a, at, bQ, bK, eK, whole)
-            else:
-                scores(Q, K, at, scale, A)
-                if beta is not None:
-                    scores(K, K, at, one, B)
-            if g is not None and g.ndim == 1:
-                fade(A, a, at)
-                if beta is not None:
-                    fade(B, a, at)
-                weights(a, at, b, e)
+            here = at * width
+            fades = plus(a, at) if channel is None else plus(a, here)
+            scores(plus(Q, here), plus(K, here), fades, width, scale, plus(A, at // 4 * 10), head, channel)
+            if delta is not None:
+                scores(plus(K, here), plus(K, here), fades, width, one, plus(B, at // 4 * 10), head, channel)
+            if head is not None:
+                weights(fades, plus(b, at), plus(e, at))
+            if channel is not None:
+                weighed(plus(K, here), fades, width, plus(bK, here), plus(eK, here), plus(bQ, here))
+                weighed(plus(Q, here), fades, width, plus(bQ, here), plus(Q, here), fades)                   # b_3 where a_0 stood
         for c in range(0, columns, 2 * W):
             for at in range(0, stop - start, 4):
-                if g is not None and g.ndim == 2:
-                    block(bQ, bK, eK, V, O, T, A, B, g, h, beta, b, e, whole, across, step, at, c, scale)
+                here = at * width
+                if channel is not None:
+                    block(plus(bQ, here), plus(bK, here), plus(eK, here), plus(V, at * columns), plus(O, at * columns), T, D, width, columns,
+                          plus(A, at // 4 * 10), plus(B, at // 4 * 10), plus(b, at), plus(e, at), plus(a, here), across, plus(step, at), c, scale,
+                          head, channel, column, delta)
                 else:
-                    block(Q, K, K, V, O, T, A, B, g, h, beta, b, e, whole, across, step, at, c, scale)
-        for t in range(stop - start):
-            for m in range(M):
-                out[start + t, m] = O[t, m]
+                    block(plus(Q, here), plus(K, here), plus(K, here), plus(V, at * columns), plus(O, at * columns), T, D, width, columns,
+                          plus(A, at // 4 * 10), plus(B, at // 4 * 10), plus(b, at), plus(e, at), a, plus(across, at * columns), plus(step, at), c,
+                          scale, head, channel, column, delta)
+                then = min(ahead + per_call, N)
+                ask_for(at_q, step_q, D, ahead, then)
+                ask_for(at_k, step_k, D, ahead, then)
+                ask_for(at_v, step_v, M, ahead, then)
+                ask_for(at_out, step_out, M, ahead - TILE, then - TILE)
+                ahead = then
+        written_back(O, columns, out, start, stop)
         if written is not None:
-            for t in range(stop - start):
-                for m in range(M):
-                    written[start + t, m] = V[t, m]
-    for d in range(D):
-        for m in range(M):
-            S[d, m] = T[d, m]
+            written_back(V, columns, written, start, stop)
+    written_back(T, columns, S, 0, D)
 
 
 @njit(**options)
-def block(Q: Any, R: Any, K: Any, V: Any, O: Any, S: Any, A: Any, B: Any, g: Any, h: Any, beta: Any, b: Any, e: Any, whole: Any, across: Any, step: Any,
-          at: int, c: int, scale: Any) -> None:
+def block(Q: Any, R: Any, K: Any, V: Any, O: Any, S: Any, D: int, width: int, M: int, A: Any, B: Any, b: Any, e: Any, whole: Any, across: Any, step: Any,
+          c: int, scale: Any, head: Any, channel: Any, column: Any, delta: Any) -> None:
     """Four positions and two vectors of columns. Q, R, K: b ⊙ q, b ⊙ k and e ⊙ k, or the bare ones where b and e are numbers, or stand across."""
     whole_registers()
-    D, M, W = S.shape[0], S.shape[1], BYTES // S.itemsize
-    s, v0, v1, v2, v3 = row(S, 0), row(V, at), row(V, at + 1), row(V, at + 2), row(V, at + 3)
-    q0, q1, q2, q3 = row(Q, at), row(Q, at + 1), row(Q, at + 2), row(Q, at + 3)
-    k0, k1, k2, k3 = row(K, at), row(K, at + 1), row(K, at + 2), row(K, at + 3)
-    b0, b1, b2, b3 = b[at, 0], b[at + 1, 0], b[at + 2, 0], b[at + 3, 0]
-    u0, u1, u2, u3 = load(v0, c), load(v1, c), load(v2, c), load(v3, c)
-    w0, w1, w2, w3 = load(v0, c + W), load(v1, c + W), load(v2, c + W), load(v3, c + W)
-    if beta is not None:                                                             # less what the state knows, and what the four have written
-        r0, r1, r2, r3 = row(R, at), row(R, at + 1), row(R, at + 2), row(R, at + 3)
+    W, s = lanes(S), S
+    q0, q1, q2, q3 = Q, plus(Q, width), plus(Q, 2 * width), plus(Q, 3 * width)
+    k0, k1, k2, k3 = K, plus(K, width), plus(K, 2 * width), plus(K, 3 * width)
+    b0, b1, b2, b3 = b[0], b[1], b[2], b[3]
+    u0, u1, u2, u3 = load(V, c), load(V, M + c), load(V, 2 * M + c), load(V, 3 * M + c)
+    w0, w1, w2, w3 = load(V, c + W), load(V, M + c + W), load(V, 2 * M + c + W), load(V, 3 * M + c + W)
+    if delta is not None:                                                            # less what the state knows, and what the four have written
+        r0, r1, r2, r3 = R, plus(R, width), plus(R, 2 * width), plus(R, 3 * width)
         o0 = o1 = o2 = o3 = p0 = p1 = p2 = p3 = zeros(s)
         for d in range(D):
             x, y = load(s, d * M + c), load(s, d * M + c + W)
@@ -227,7 +246,7 @@ def block(Q: Any, R: Any, K: Any, V: Any, O: Any, S: Any, A: Any, B: Any, g: Any
             o1, p1 = fma(r1[d], x, o1), fma(r1[d], y, p1)
             o2, p2 = fma(r2[d], x, o2), fma(r2[d], y, p2)
             o3, p3 = fma(r3[d], x, o3), fma(r3[d], y, p3)
-        m, h0, h1, h2, h3 = row(B, at // 4), step[0, at], step[0, at + 1], step[0, at + 2], step[0, at + 3]
+        m, h0, h1, h2, h3 = B, step[0], step[1], step[2], step[3]
         o0, p0 = fma(-b0, o0, u0), fma(-b0, p0, w0)
         u0, w0 = mul(h0, o0), mul(h0, p0)
         o1, p1 = fma(-m[1], u0, fma(-b1, o1, u1)), fma(-m[1], w0, fma(-b1, p1, w1))
@@ -237,14 +256,14 @@ def block(Q: Any, R: Any, K: Any, V: Any, O: Any, S: Any, A: Any, B: Any, g: Any
         o3 = fma(-m[6], u0, fma(-m[7], u1, fma(-m[8], u2, fma(-b3, o3, u3))))
         p3 = fma(-m[6], w0, fma(-m[7], w1, fma(-m[8], w2, fma(-b3, p3, w3))))
         u3, w3 = mul(h3, o3), mul(h3, p3)
-        put(V, at, c, o0, o1, o2, o3)
-        put(V, at, c + W, p0, p1, p2, p3)
+        put(V, M, c, o0, o1, o2, o3)
+        put(V, M, c + W, p0, p1, p2, p3)
     f0, f1, f2, f3, t0, t1, t2, t3 = u0, u1, u2, u3, w0, w1, w2, w3                    # e ⊙ u
-    if g is not None and g.ndim == 1:
-        e0, e1, e2 = e[at, 0], e[at + 1, 0], e[at + 2, 0]
+    if head is not None:
+        e0, e1, e2 = e[0], e[1], e[2]
         f0, f1, f2, t0, t1, t2 = mul(e0, u0), mul(e1, u1), mul(e2, u2), mul(e0, w0), mul(e1, w1), mul(e2, w2)
-    if h is not None:
-        a0, a1, a2, a3 = row(across, at), row(across, at + 1), row(across, at + 2), row(across, at + 3)
+    if column is not None:
+        a0, a1, a2, a3 = across, plus(across, M), plus(across, 2 * M), plus(across, 3 * M)
         x, y = mul(load(a2, c), load(a3, c)), mul(load(a2, c + W), load(a3, c + W))
         f2, t2, f1, t1 = mul(load(a3, c), u2), mul(load(a3, c + W), w2), mul(x, u1), mul(y, w1)
         f0, t0 = mul(mul(load(a1, c), x), u0), mul(mul(load(a1, c + W), y), w0)
@@ -257,10 +276,11 @@ def block(Q: Any, R: Any, K: Any, V: Any, O: Any, S: Any, A: Any, B: Any, g: Any
         o1, p1 = fma(q1[d], x, o1), fma(q1[d], y, p1)
         o2, p2 = fma(q2[d], x, o2), fma(q2[d], y, p2)
         o3, p3 = fma(q3[d], x, o3), fma(q3[d], y, p3)
-        if g is not None:
-            keep = b3 if g.ndim == 1 else row(whole, at // 4)[d]
-            x, y = mul(keep, x), mul(keep, y)
-        if h is not None:
+        if head is not None:
+            x, y = mul(b3, x), mul(b3, y)
+        if channel is not None:
+            x, y = mul(whole[d], x), mul(whole[d], y)
+        if column is not None:
             x, y = mul(all0, x), mul(all1, y)
         x, y = fma(k0[d], f0, x), fma(k0[d], t0, y)
         x, y = fma(k1[d], f1, x), fma(k1[d], t1, y)
@@ -268,8 +288,8 @@ def block(Q: Any, R: Any, K: Any, V: Any, O: Any, S: Any, A: Any, B: Any, g: Any
         x, y = fma(k3[d], f3, x), fma(k3[d], t3, y)
         store(s, d * M + c, x)
         store(s, d * M + c + W, y)
-    m = row(A, at // 4)
-    if h is None:
+    m = A
+    if column is None:
         o0, p0 = fma(m[0], u0, mul(scale * b0, o0)), fma(m[0], w0, mul(scale * b0, p0))
         o1, p1 = fma(m[1], u0, fma(m[2], u1, mul(scale * b1, o1))), fma(m[1], w0, fma(m[2], w1, mul(scale * b1, p1)))
         o2 = fma(m[3], u0, fma(m[4], u1, fma(m[5], u2, mul(scale * b2, o2))))
@@ -279,8 +299,8 @@ def block(Q: Any, R: Any, K: Any, V: Any, O: Any, S: Any, A: Any, B: Any, g: Any
     else:
         o0, o1, o2, o3 = faded(o0, o1, o2, o3, u0, u1, u2, u3, load(a0, c), load(a1, c), load(a2, c), load(a3, c), m, scale)
         p0, p1, p2, p3 = faded(p0, p1, p2, p3, w0, w1, w2, w3, load(a0, c + W), load(a1, c + W), load(a2, c + W), load(a3, c + W), m, scale)
-    put(O, at, c, o0, o1, o2, o3)
-    put(O, at, c + W, p0, p1, p2, p3)
+    put(O, M, c, o0, o1, o2, o3)
+    put(O, M, c + W, p0, p1, p2, p3)
 
 
 @njit(**options)
@@ -297,11 +317,12 @@ def faded(o0: Any, o1: Any, o2: Any, o3: Any, u0: Any, u1: Any, u2: Any, u3: Any
 
 
 @njit(**options)
-def put(X: Any, at: int, c: int, x0: Any, x1: Any, x2: Any, x3: Any) -> None:
-    store(row(X, at), c, x0)
-    store(row(X, at + 1), c, x1)
-    store(row(X, at + 2), c, x2)
-    store(row(X, at + 3), c, x3)
+def put(X: Any, M: int, c: int, x0: Any, x1: Any, x2: Any, x3: Any) -> None:
+    """A vector to each of four rows."""
+    store(X, c, x0)
+    store(X, M + c, x1)
+    store(X, 2 * M + c, x2)
+    store(X, 3 * M + c, x3)
 
 
 # --- backward of the delta rules -----------------------------------------------------------------------------------------------------------
@@ -319,88 +340,79 @@ def backward_delta(q: Any, k: Any, dout: Any, g: Any, beta: Any, R: Any, du: Any
     """
     whole_registers()
     (N, D), M, W, kind = q.shape, dout.shape[1], BYTES // R.itemsize, R.dtype
-    wide, columns, one = (D + W - 1) // W * W, (M + 2 * W - 1) // (2 * W) * (2 * W), kind.type(1)
-    Q, K, V, O = np.empty((TILE, wide), kind), np.empty((TILE, wide), kind), np.empty((TILE, columns), kind), np.empty((TILE, columns), kind)
-    T, C, B, b, e = np.empty((D, columns), kind), np.empty((TILE // 4, 10), kind), np.empty((TILE // 4, 10), kind), np.ones((TILE, 1), kind), np.ones(
-        (TILE, 1), kind)
-    padded(R, 0, D, T)
-    room = 0 if g is None else 1 if g.ndim == 1 else wide
-    a, rows = np.empty((TILE, room), kind), 0 if room < 2 else TILE
-    bK, eQ, eK, whole, spare = (np.empty((rows, room), kind), np.empty((rows, room), kind), np.empty((rows, room), kind), np.empty((rows, room), kind),
-                                np.empty((rows, room), kind))
-    step = np.zeros((1, TILE), kind)
+    width, columns = (D + W - 1) // W * W, (M + W - 1) // W * W
+    one = kind.type(1)
+    head, channel = of_gate(g, one)
+    state, tiles, few = np.empty((1, D * columns), kind), np.empty((6, TILE * width), kind), np.ones((5, TILE // 4 * 10 + TILE), kind)
+    values = np.empty((2, TILE * columns), kind)
+    T, Q, K, bK, eQ, eK, a = row(state, 0), row(tiles, 0), row(tiles, 1), row(tiles, 2), row(tiles, 3), row(tiles, 4), row(tiles, 5)
+    C, B, b, e, step, V, O = row(few, 0), row(few, 1), row(few, 2), row(few, 3), row(few, 4), row(values, 0), row(values, 1)
+    padded(R, 0, D, T, D, columns)
     for start in range(0, N, TILE):
         stop = min(start + TILE, N)
-        padded(q, start, stop, Q)
-        padded(k, start, stop, K)
-        padded(dout, start, stop, V)
+        padded(q, start, stop, Q, TILE, width)
+        padded(k, start, stop, K, TILE, width)
+        padded(dout, start, stop, V, TILE, columns)
         if g is not None:
-            exponentials(g, start - 1, stop - 1, a)
+            exponentials(g, start - 1, stop - 1, a, width)
         for t in range(TILE):
-            step[0, t] = beta[start + t] if start + t < stop else 0
+            step[t] = beta[start + t] if start + t < stop else 0
         for at in range(0, stop - start, 4):
-            if g is not None and g.ndim == 2:
-                faded_scores(K, Q, a, at, one, C)
-                faded_scores(K, K, a, at, one, B)
-                weigh_rows(K, Q, a, at, bK, spare, eQ, whole)
-                weigh_rows(K, K, a, at, bK, spare, eK, whole)
-            else:
-                scores(K, Q, at, one, C)
-                scores(K, K, at, one, B)
-            if g is not None and g.ndim == 1:
-                fade(C, a, at)
-                fade(B, a, at)
-                weights(a, at, b, e)
-        for c in range(0, columns, 2 * W):
+            here = at * width
+            fades = plus(a, at) if channel is None else plus(a, here)
+            scores(plus(K, here), plus(Q, here), fades, width, one, plus(C, at // 4 * 10), head, channel)
+            scores(plus(K, here), plus(K, here), fades, width, one, plus(B, at // 4 * 10), head, channel)
+            if head is not None:
+                weights(fades, plus(b, at), plus(e, at))
+            if channel is not None:
+                weighed(plus(Q, here), fades, width, plus(bK, here), plus(eQ, here), plus(eK, here))
+                weighed(plus(K, here), fades, width, plus(bK, here), plus(eK, here), fades)                      # b_3 where a_0 stood
+        for c in range(0, columns, W):
             for at in range(0, stop - start, 4):
-                if g is not None and g.ndim == 2:
-                    block_delta(bK, eQ, eK, V, O, T, C, B, g, b, e, whole, step, at, c)
+                here = at * width
+                if channel is not None:
+                    block_delta(plus(bK, here), plus(eQ, here), plus(eK, here), plus(V, at * columns), plus(O, at * columns), T, D, width, columns,
+                                plus(C, at // 4 * 10), plus(B, at // 4 * 10), plus(b, at), plus(e, at), plus(a, here), plus(step, at), c, head, channel)
                 else:
-                    block_delta(K, Q, K, V, O, T, C, B, g, b, e, whole, step, at, c)
-        for t in range(stop - start):
-            for m in range(M):
-                du[start + t, m] = O[t, m]
-    for d in range(D):
-        for m in range(M):
-            R[d, m] = T[d, m]
+                    block_delta(plus(K, here), plus(Q, here), plus(K, here), plus(V, at * columns), plus(O, at * columns), T, D, width, columns,
+                                plus(C, at // 4 * 10), plus(B, at // 4 * 10), plus(b, at), plus(e, at), a, plus(step, at), c, head, channel)
+        written_back(O, columns, du, start, stop)
+    written_back(T, columns, R, 0, D)
 
 
 @njit(**options)
-def block_delta(bK: Any, Q: Any, K: Any, V: Any, O: Any, S: Any, C: Any, B: Any, g: Any, b: Any, e: Any, whole: Any, step: Any, at: int, c: int) -> None:
-    """Four positions and one vector of columns after the other: here two writes are in registers, of do and of du."""
+def block_delta(R: Any, Q: Any, K: Any, V: Any, O: Any, S: Any, D: int, width: int, M: int, C: Any, B: Any, b: Any, e: Any, whole: Any, step: Any, c: int,
+                head: Any, channel: Any) -> None:
+    """Four positions and one vector of columns: here two writes stand in registers, of do and of du."""
     whole_registers()
-    D, M, W = S.shape[0], S.shape[1], BYTES // S.itemsize
-    s, n, m = row(S, 0), row(C, at // 4), row(B, at // 4)
-    r0, r1, r2, r3 = row(bK, at), row(bK, at + 1), row(bK, at + 2), row(bK, at + 3)
-    q0, q1, q2, q3 = row(Q, at), row(Q, at + 1), row(Q, at + 2), row(Q, at + 3)
-    k0, k1, k2, k3 = row(K, at), row(K, at + 1), row(K, at + 2), row(K, at + 3)
-    v0, v1, v2, v3 = row(V, at), row(V, at + 1), row(V, at + 2), row(V, at + 3)
-    b0, b1, b2, b3 = b[at, 0], b[at + 1, 0], b[at + 2, 0], b[at + 3, 0]
-    for c in range(c, c + 2 * W, W):
-        o0 = o1 = o2 = o3 = zeros(s)
-        for d in range(D):
-            x = load(s, d * M + c)
-            o0, o1, o2, o3 = fma(r0[d], x, o0), fma(r1[d], x, o1), fma(r2[d], x, o2), fma(r3[d], x, o3)
-        f0, f1, f2, f3 = load(v0, c), load(v1, c), load(v2, c), load(v3, c)
-        o0 = fma(n[0], f0, mul(b0, o0))
-        w0 = mul(-step[0, at], o0)                                                   # what is erased: -β du
-        o1 = fma(m[1], w0, fma(n[1], f0, fma(n[2], f1, mul(b1, o1))))
-        w1 = mul(-step[0, at + 1], o1)
-        o2 = fma(m[3], w0, fma(m[4], w1, fma(n[3], f0, fma(n[4], f1, fma(n[5], f2, mul(b2, o2))))))
-        w2 = mul(-step[0, at + 2], o2)
-        o3 = fma(n[6], f0, fma(n[7], f1, fma(n[8], f2, fma(n[9], f3, mul(b3, o3)))))
-        o3 = fma(m[6], w0, fma(m[7], w1, fma(m[8], w2, o3)))
-        w3 = mul(-step[0, at + 3], o3)
-        put(O, at, c, o0, o1, o2, o3)
-        if g is not None and g.ndim == 1:
-            e0, e1, e2 = e[at, 0], e[at + 1, 0], e[at + 2, 0]
-            f0, f1, f2, w0, w1, w2 = mul(e0, f0), mul(e1, f1), mul(e2, f2), mul(e0, w0), mul(e1, w1), mul(e2, w2)
-        for d in range(D):
-            x = load(s, d * M + c)
-            if g is not None:
-                x = mul(b3 if g.ndim == 1 else row(whole, at // 4)[d], x)
-            x = fma(q0[d], f0, fma(q1[d], f1, fma(q2[d], f2, fma(q3[d], f3, x))))
-            store(s, d * M + c, fma(k0[d], w0, fma(k1[d], w1, fma(k2[d], w2, fma(k3[d], w3, x)))))
+    r1, r2, r3 = plus(R, width), plus(R, 2 * width), plus(R, 3 * width)
+    q1, q2, q3 = plus(Q, width), plus(Q, 2 * width), plus(Q, 3 * width)
+    k1, k2, k3 = plus(K, width), plus(K, 2 * width), plus(K, 3 * width)
+    o0 = o1 = o2 = o3 = zeros(S)
+    for d in range(D):
+        x = load(S, d * M + c)
+        o0, o1, o2, o3 = fma(R[d], x, o0), fma(r1[d], x, o1), fma(r2[d], x, o2), fma(r3[d], x, o3)
+    f0, f1, f2, f3 = load(V, c), load(V, M + c), load(V, 2 * M + c), load(V, 3 * M + c)
+    o0 = fma(C[0], f0, mul(b[0], o0))
+    w0 = mul(-step[0], o0)                                                           # what is erased: -β du
+    o1 = fma(B[1], w0, fma(C[1], f0, fma(C[2], f1, mul(b[1], o1))))
+    w1 = mul(-step[1], o1)
+    o2 = fma(B[3], w0, fma(B[4], w1, fma(C[3], f0, fma(C[4], f1, fma(C[5], f2, mul(b[2], o2))))))
+    w2 = mul(-step[2], o2)
+    o3 = fma(C[6], f0, fma(C[7], f1, fma(C[8], f2, fma(C[9], f3, mul(b[3], o3)))))
+    o3 = fma(B[6], w0, fma(B[7], w1, fma(B[8], w2, o3)))
+    w3 = mul(-step[3], o3)
+    put(O, M, c, o0, o1, o2, o3)
+    if head is not None:
+        f0, f1, f2, w0, w1, w2 = mul(e[0], f0), mul(e[1], f1), mul(e[2], f2), mul(e[0], w0), mul(e[1], w1), mul(e[2], w2)
+    for d in range(D):
+        x = load(S, d * M + c)
+        if head is not None:
+            x = mul(b[3], x)
+        if channel is not None:
+            x = mul(whole[d], x)
+        x = fma(Q[d], f0, fma(q1[d], f1, fma(q2[d], f2, fma(q3[d], f3, x))))
+        store(S, d * M + c, fma(K[d], w0, fma(k1[d], w1, fma(k2[d], w2, fma(k3[d], w3, x)))))
 
 
 @njit(**options)

@@ -54,6 +54,24 @@ def row(typing: Any, a: Any, i: Any) -> Any:
 
 
 @intrinsic
+def plus(typing: Any, p: Any, i: Any) -> Any:
+    """Where p + i points to."""
+    return p(p, types.intp), lambda context, builder, signature, args: builder.gep(args[0], [args[1]])
+
+
+@intrinsic
+def fetch(typing: Any, p: Any, i: Any) -> Any:
+    """Ask for what p + i points to, to be in the second-level cache when it is needed."""
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte, whole = ir.IntType(8).as_pointer(), ir.IntType(32)
+        f = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), [byte, whole, whole, whole]), "llvm.prefetch.p0i8")
+        builder.call(f, [builder.bitcast(builder.gep(*args[:1], [args[1]]), byte), *(ir.Constant(whole, x) for x in (0, 2, 1))])
+        return context.get_dummy_value()
+
+    return types.none(p, types.intp), code
+
+
+@intrinsic
 def load(typing: Any, p: Any, i: Any) -> Any:
     kind = Vector(p.dtype)
 
@@ -143,6 +161,13 @@ def exp(typing: Any, x: Any) -> Any:
         return sums
 
     return x(x), code
+
+
+@intrinsic
+def lanes(typing: Any, p: Any) -> Any:
+    """How many of the numbers that p points to a vector has."""
+    count = BYTES * 8 // p.dtype.bitwidth
+    return types.intp(p), lambda context, builder, signature, args: ir.Constant(ir.IntType(types.intp.bitwidth), count)
 
 
 @intrinsic
