@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from ._array import (Array, Axes, accumulator, cast, check_cotangent, check_dtypes, check_number, check_qkv, check_shape, check_wide_dtype,
-                     missing_extra, namespace, on_host)
+from ._array import (Array, Axes, accumulator, cast, check_compiled, check_cotangent, check_dtypes, check_number, check_qkv, check_shape,
+                     check_wide_dtype, namespace, on_host)
 from .attention import Pullback, has_kernels
 from .causal import (causal_chunked_backward, causal_chunked_forward, causal_scan_backward, causal_scan_forward, causal_step,
                      causal_step_backward)
@@ -212,12 +212,7 @@ def recurrence_step_vjp(q_t: Array, k_t: Array, v_t: Array, g_t: Array | None = 
 
 
 def _compiled(xp: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    if xp is not np:
-        raise TypeError(f"compiled: expected NumPy arrays, got those of {xp.__name__}; leave it False, theirs have their own fast form")
-    try:
-        import numba                                                              # noqa: F401
-    except ImportError:
-        raise missing_extra("numba", "numba") from None
+    check_compiled(xp)
     from .compiled.launch import backward, forward
     return forward, backward
 

@@ -43,12 +43,16 @@ def run(name: str, *arguments: Any) -> None:
     loop(*arguments)
 
 
+WRITTEN = {"forward": (6, 7, 8), "attention": (3, 4, 5, 6), "backward_delta": (5, 6), "decay_gradient": (4, 5), "normaliser_gradient": (3, 4, 5, 6)}
+
+
 def _compiled(name: str, arguments: tuple[Any, ...]) -> Any:
     from numba import njit, types
 
     from . import sweep
     scalar = getattr(types, arguments[0].dtype.name)
-    kinds = (types.none if x is None else types.intp if isinstance(x, int) else types.Array(scalar, x.ndim, "A") if x.ndim else scalar for x in arguments)
+    kinds = (types.none if x is None else types.intp if isinstance(x, int) else scalar if not x.ndim else
+             types.Array(scalar, x.ndim, "A", readonly=i not in WRITTEN[name]) for i, x in enumerate(arguments))
     return njit(types.void(*kinds), **sweep.options)(getattr(sweep, name).py_func)
 
 
@@ -143,13 +147,90 @@ def backward(dout: np.ndarray, dstate: np.ndarray | None, residuals: Residuals) 
     return dq, dk, dv, dg, dbeta, dstart
 
 
+def attention_forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, start: np.ndarray, elu: bool, eps: float, nq: np.ndarray | None,
+                      nk: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """out, [S | z] behind the last position, and 1 / (den + ε), (..., G·H, N), of causal linear attention; φ = elu + 1 or what q and k have behind
+    them already. `nq`, `nk`: lengths (..., G·H) and (..., H)."""
+    acc, N = accumulator(v.dtype), q.shape[-2]
+    out, end, inverse = np.zeros((*q.shape[:-1], v.shape[-1]), v.dtype), np.array(start, acc), np.zeros(q.shape[:-1], acc)
+
+    def head(at: Any, queries: list[Any]) -> None:
+        K, V = _wide(k, at, acc), _wide(v, at, acc)
+        for i, query in enumerate(queries):
+            S, z = np.array(start[at][:, :-1], acc, order="C"), np.array(start[at][:, -1], acc)[None]
+            O, n = _room(out, query, acc), N if nq is None else int(nq[query])
+            keys = N if nk is None else int(nk[at])
+            run("attention", _wide(q, query, acc)[:n], K[:n], V[:n], S, z, O[:n], inverse[query][:n], acc.type(eps), min(keys, n), _flag(elu, acc))
+            _put(out, query, O)
+            if i == 0:
+                if keys > n:                                                         # keys that no query sees are in the state all the same
+                    F = _mapped(K[n:keys], elu)
+                    S += F.T @ V[n:keys]
+                    z += F.sum(0)
+                end[at][:, :-1], end[at][:, -1] = S, z[0]
+
+    over_heads(head, _heads(q, k), _flops(q, v))
+    return out, end, inverse
+
+
+def attention_backward(dout: np.ndarray, dend: np.ndarray | None, q: np.ndarray, k: np.ndarray, v: np.ndarray, start: np.ndarray,
+                       out: np.ndarray, inverse: np.ndarray, elu: bool, nq: np.ndarray | None, nk: np.ndarray | None) -> tuple[Any, ...]:
+    """dq, dk, dv, d[S_0 | z_0]. With G = do / (den + ε) and dden = -(do·out) / (den + ε),
+
+        dφ(q)_t = S_t G_t + z_t dden_t,   dv_t = R_tᵀ φ(k_t),   dφ(k)_t = R_t v_t + r_t,   R_t = dS_N + Σ_{s≥t} φ(q_s) G_sᵀ,   r_t likewise of dden
+    """
+    acc, N = accumulator(v.dtype), q.shape[-2]
+    dq, dk, dv = (np.zeros(x.shape, x.dtype) for x in (q, k, v))
+    dstart = np.zeros(start.shape, acc) if dend is None else np.array(dend, acc)
+
+    def head(at: Any, queries: list[Any]) -> None:
+        keys = N if nk is None else int(nk[at])
+        V, K = _wide(v, at, acc)[:keys], _mapped(_wide(k, at, acc)[:keys], elu)
+        dK, dV = np.zeros(K.shape, acc), np.zeros(V.shape, acc)
+        for i, query in enumerate(queries):
+            n = N if nq is None else int(nq[query])
+            rows = max(n, keys)
+            fill: Any = lambda x, rows=rows: x if len(x) == rows else np.concatenate([x, np.zeros((rows - len(x), *x.shape[1:]), acc)])
+            dO, inv = _wide(dout, query, acc)[:n], inverse[query][:n]
+            dden = fill(-np.vecdot(dO, _wide(out, query, acc)[:n]) * inv)
+            G, Q, Kr, Vr = fill(dO * inv[:, None]), fill(_mapped(_wide(q, query, acc)[:n], elu)), fill(K), fill(V)
+            T, z = np.array(start[at][:, :-1].T, acc, order="C"), np.array(start[at][:, -1], acc)
+            R, dz = (np.array(x, acc, order="C") if i == 0 else np.zeros(x.shape, acc) for x in (dstart[at][:, :-1], dstart[at][:, -1]))
+            RT = np.array(R.T, order="C")
+            dQ, dKi, dVi = np.empty(Q.shape, acc), np.empty(Kr.shape, acc), np.empty(Vr.shape, acc)
+            _sum(G, Vr, Kr, None, T, dQ)
+            _sum(Kr, Q, G, None, R, dVi, reverse=True)
+            _sum(Vr, G, Q, None, RT, dKi, reverse=True)
+            run("normaliser_gradient", Q, Kr, dden, z, dz, dQ, dKi)
+            dq[query][:n] = dQ[:n] * (np.minimum(Q[:n], 1) if elu else 1)            # φ' = min(φ, 1)
+            dK += dKi[:keys]
+            dV += dVi[:keys]
+            if i == 0:
+                dstart[at][:, :-1], dstart[at][:, -1] = R, dz
+            else:
+                dstart[at][:, :-1] += R
+                dstart[at][:, -1] += dz
+        dk[at][:keys], dv[at][:keys] = dK * (np.minimum(K, 1) if elu else 1), dV
+
+    over_heads(head, _heads(q, k), 3 * _flops(q, v))
+    return dq, dk, dv, dstart
+
+
+def _mapped(x: np.ndarray, elu: bool) -> np.ndarray:
+    return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0))) if elu else x
+
+
+def _flag(chosen: bool, acc: Any) -> Any:
+    return acc.type(1) if chosen else None
+
+
 def _delta(q: np.ndarray, k: np.ndarray, dout: np.ndarray, g: np.ndarray | None, beta: np.ndarray, R: np.ndarray, du: np.ndarray) -> None:
     run("backward_delta", *(None if x is None else x[::-1] for x in (q, k, dout, g, beta)), R, du[::-1])
 
 
 def _wide(x: Any, at: Any, acc: Any) -> Any:
-    """One head, in the accumulator dtype."""
-    return None if x is None else x[at].astype(acc, copy=False)
+    """One head, in the accumulator dtype and native byte order, aligned."""
+    return None if x is None else x[at].astype(acc, copy=not x.flags.aligned)
 
 
 def _room(x: Any, at: Any, acc: Any) -> np.ndarray:

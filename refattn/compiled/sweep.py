@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from .vector import BYTES, exp, fetch, fma, lanes, load, mul, plus, row, store, total, whole_registers, zeros
+from .vector import BYTES, elu1, exp, fetch, fma, lanes, load, mul, plus, row, store, total, whole_registers, zeros
 
 from numba import njit                                                                                                # noqa: E402, I001
 
@@ -177,8 +177,8 @@ def forward(q: Any, k: Any, v: Any, g: Any, h: Any, beta: Any, S: Any, out: Any,
     T, Q, K, bQ, bK, eK, a = row(state, 0), row(tiles, 0), row(tiles, 1), row(tiles, 2), row(tiles, 3), row(tiles, 4), row(tiles, 5)
     A, B, b, e, step, V, O, across = row(few, 0), row(few, 1), row(few, 2), row(few, 3), row(few, 4), row(values, 0), row(values, 1), row(values, 2)
     padded(S, 0, D, T, D, columns)
-    at_q, at_k, at_v, at_out = row(q, 0), row(k, 0), row(v, 0), row(out, 0)
-    step_q, step_k, step_v, step_out = q.strides[0] // q.itemsize, k.strides[0] // k.itemsize, v.strides[0] // v.itemsize, out.strides[0] // out.itemsize
+    at_q, at_k, at_v, at_out, size = row(q, 0), row(k, 0), row(v, 0), row(out, 0), S.itemsize
+    step_q, step_k, step_v, step_out = q.strides[0] // size, k.strides[0] // size, v.strides[0] // size, out.strides[0] // size
     per_call = (TILE + TILE // 4 * (columns // (2 * W)) - 1) // (TILE // 4 * (columns // (2 * W)))
     for start in range(0, N, TILE):
         stop, ahead = min(start + TILE, N), start + TILE
@@ -227,8 +227,92 @@ def forward(q: Any, k: Any, v: Any, g: Any, h: Any, beta: Any, S: Any, out: Any,
 
 
 @njit(**options)
-def block(Q: Any, R: Any, K: Any, V: Any, O: Any, S: Any, D: int, width: int, M: int, A: Any, B: Any, b: Any, e: Any, whole: Any, across: Any, step: Any,
-          c: int, scale: Any, head: Any, channel: Any, column: Any, delta: Any) -> None:
+def mapped(x: Any, D: int, height: int, width: int) -> None:
+    """φ = elu + 1 of the first `height` rows, D wide, in place; what is beside them stays zero."""
+    whole_registers()
+    for t in range(height):
+        here = plus(x, t * width)
+        for d in range(0, width, lanes(x)):
+            y = load(here, d)
+            store(here, d, elu1(y, exp(y)))
+        for d in range(D, width):
+            here[d] = 0
+
+
+@njit(**options)
+def attention(q: Any, k: Any, v: Any, S: Any, z: Any, out: Any, inverse: Any, eps: Any, keys: int, elu: Any) -> None:
+    """Causal linear attention of one head, eq. (8) to (12): with φ(q), φ(k) for q, k where `elu` is not None, k from position `keys` on being 0,
+
+        z_t = z_{t-1} + k_t,   inverse_t = 1 / (q_t·z_t + ε)  (0 where that is 1 / 0),   out_t = inverse_t S_tᵀ q_t
+
+    q, k (N, D), v, out (N, M), inverse (N,); S (D, M) and z (1, D) changed in place."""
+    whole_registers()
+    (N, D), M, W, kind = q.shape, v.shape[1], BYTES // S.itemsize, S.dtype
+    width, columns, one = (D + W - 1) // W * W, (M + 2 * W - 1) // (2 * W) * (2 * W), kind.type(1)
+    state, tiles, few = np.empty((1, D * columns), kind), np.zeros((3, TILE * width), kind), np.ones((4, TILE // 4 * 10 + TILE), kind)
+    values = np.empty((2, TILE * columns), kind)
+    T, Q, K, Z = row(state, 0), row(tiles, 0), row(tiles, 1), row(tiles, 2)
+    A, b, den, V, O = row(few, 0), row(few, 1), row(few, 2), row(values, 0), row(values, 1)
+    padded(S, 0, D, T, D, columns)
+    padded(z, 0, 1, Z, 1, width)
+    at_q, at_k, at_v, at_out, size = row(q, 0), row(k, 0), row(v, 0), row(out, 0), S.itemsize
+    step_q, step_k, step_v, step_out = q.strides[0] // size, k.strides[0] // size, v.strides[0] // size, out.strides[0] // size
+    per_call = (TILE + TILE // 4 * (columns // (2 * W)) - 1) // (TILE // 4 * (columns // (2 * W)))
+    for start in range(0, N, TILE):
+        stop, ahead = min(start + TILE, N), start + TILE
+        padded(q, start, stop, Q, TILE, width)
+        padded(k, start, min(stop, keys), K, TILE, width)
+        padded(v, start, min(stop, keys), V, TILE, columns)
+        if elu is not None:
+            mapped(Q, D, stop - start, width)
+            mapped(K, D, max(min(stop, keys) - start, 0), width)
+        for t in range(stop - start):
+            s = zeros(Q)
+            for d in range(0, width, W):
+                x = fma(one, load(K, t * width + d), load(Z, d))
+                store(Z, d, x)
+                s = fma(load(Q, t * width + d), x, s)
+            x_ = total(s) + eps
+            den[t] = 1 / x_ if x_ != 0 else 0
+            inverse[start + t] = den[t]
+        for at in range(0, stop - start, 4):
+            scores(plus(Q, at * width), plus(K, at * width), Q, width, one, plus(A, at // 4 * 10), None, None)
+        for c in range(0, columns, 2 * W):
+            for at in range(0, stop - start, 4):
+                here = at * width
+                block(plus(Q, here), plus(K, here), plus(K, here), plus(V, at * columns), plus(O, at * columns), T, D, width, columns,
+                      plus(A, at // 4 * 10), A, b, b, Q, V, b, c, one, None, None, None, None)
+                then = min(ahead + per_call, N)
+                ask_for(at_q, step_q, D, ahead, then)
+                ask_for(at_k, step_k, D, ahead, then)
+                ask_for(at_v, step_v, M, ahead, then)
+                ask_for(at_out, step_out, M, ahead - TILE, then - TILE)
+                ahead = then
+        for t in range(stop - start):
+            for d in range(0, columns, W):
+                store(O, t * columns + d, mul(den[t], load(O, t * columns + d)))
+        written_back(O, columns, out, start, stop)
+    written_back(T, columns, S, 0, D)
+    written_back(Z, width, z, 0, 1)
+
+
+@njit(**options)
+def normaliser_gradient(q: Any, k: Any, dden: Any, z: Any, dz: Any, dq: Any, dk: Any) -> None:
+    """dq_t += z_t dden_t with z_t = z_0 + Σ_{j≤t} k_j, and dk_t += dz_N + Σ_{s≥t} q_s dden_s; z (D,) ends as z_N, dz as dz_0."""
+    N, D = q.shape
+    for t in range(N):
+        for d in range(D):
+            z[d] += k[t, d]
+            dq[t, d] += z[d] * dden[t]
+    for t in range(N - 1, -1, -1):
+        for d in range(D):
+            dz[d] += q[t, d] * dden[t]
+            dk[t, d] += dz[d]
+
+
+@njit(**options)
+def block(Q: Any, R: Any, K: Any, V: Any, O: Any, S: Any, D: int, width: int, M: int, A: Any, B: Any, b: Any, e: Any, whole: Any, across: Any,
+          step: Any, c: int, scale: Any, head: Any, channel: Any, column: Any, delta: Any) -> None:
     """Four positions and two vectors of columns. Q, R, K: b ⊙ q, b ⊙ k and e ⊙ k, or the bare ones where b and e are numbers, or stand across."""
     whole_registers()
     W, s = lanes(S), S
@@ -372,7 +456,8 @@ def backward_delta(q: Any, k: Any, dout: Any, g: Any, beta: Any, R: Any, du: Any
                 here = at * width
                 if channel is not None:
                     block_delta(plus(bK, here), plus(eQ, here), plus(eK, here), plus(V, at * columns), plus(O, at * columns), T, D, width, columns,
-                                plus(C, at // 4 * 10), plus(B, at // 4 * 10), plus(b, at), plus(e, at), plus(a, here), plus(step, at), c, head, channel)
+                                plus(C, at // 4 * 10), plus(B, at // 4 * 10), plus(b, at), plus(e, at), plus(a, here), plus(step, at), c,
+                                head, channel)
                 else:
                     block_delta(plus(K, here), plus(Q, here), plus(K, here), plus(V, at * columns), plus(O, at * columns), T, D, width, columns,
                                 plus(C, at // 4 * 10), plus(B, at // 4 * 10), plus(b, at), plus(e, at), a, plus(step, at), c, head, channel)
@@ -381,8 +466,8 @@ def backward_delta(q: Any, k: Any, dout: Any, g: Any, beta: Any, R: Any, du: Any
 
 
 @njit(**options)
-def block_delta(R: Any, Q: Any, K: Any, V: Any, O: Any, S: Any, D: int, width: int, M: int, C: Any, B: Any, b: Any, e: Any, whole: Any, step: Any, c: int,
-                head: Any, channel: Any) -> None:
+def block_delta(R: Any, Q: Any, K: Any, V: Any, O: Any, S: Any, D: int, width: int, M: int, C: Any, B: Any, b: Any, e: Any, whole: Any, step: Any,
+                c: int, head: Any, channel: Any) -> None:
     """Four positions and one vector of columns: here two writes stand in registers, of do and of du."""
     whole_registers()
     r1, r2, r3 = plus(R, width), plus(R, 2 * width), plus(R, 3 * width)

@@ -23,7 +23,7 @@ except ImportError:
 BYTES = 64
 
 
-class Vector(types.Type):                                                                                             # type: ignore[misc]
+class Vector(types.Type):
     """BYTES of one kind of number."""
 
     def __init__(self, scalar: Any) -> None:
@@ -32,7 +32,7 @@ class Vector(types.Type):                                                       
 
 
 @register_model(Vector)
-class VectorModel(models.PrimitiveModel):                                                                             # type: ignore[misc]
+class VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, ir.VectorType(manager.lookup(kind.scalar).get_value_type(), BYTES * 8 // kind.scalar.bitwidth))
 
@@ -161,6 +161,17 @@ def exp(typing: Any, x: Any) -> Any:
         return sums
 
     return x(x), code
+
+
+@intrinsic
+def elu1(typing: Any, x: Any, e: Any) -> Any:
+    """φ(x) = x + 1 above 0, and e = eˣ, which is given, below. (eq. 7)"""
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = args[0].type
+        number = lambda value: ir.Constant(kind, [ir.Constant(kind.element, value)] * kind.count)
+        return builder.select(builder.fcmp_ordered(">", args[0], number(0.0)), builder.fadd(args[0], number(1.0)), args[1])
+
+    return x(x, e), code
 
 
 @intrinsic
