@@ -21,14 +21,16 @@ rev k, rev g⁺; 0).
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from .._array import accumulator
-from .._blocks import over_heads
+from .._blocks import _pool, cores
 
 Residuals = tuple[Any, ...]
+WORTH_THREADS = 1 << 14     # numbers in q
 
 
 _variants: dict[Any, Any] = {}
@@ -43,7 +45,8 @@ def run(name: str, *arguments: Any) -> None:
     loop(*arguments)
 
 
-WRITTEN = {"forward": (6, 7, 8), "attention": (3, 4, 5, 6), "backward_delta": (5, 6), "decay_gradient": (4, 5), "normaliser_gradient": (3, 4, 5, 6)}
+WRITTEN = {"forward": (6, 7, 8), "attention": (3, 4, 5, 6), "backward_delta": (5, 6), "decay_gradient": (4, 5),
+           "read_again": (5, 6, 7, 8), "normaliser_gradient": (3, 4, 5, 6)}
 
 
 def _compiled(name: str, arguments: tuple[Any, ...]) -> Any:
@@ -71,6 +74,21 @@ def _heads(q: np.ndarray, k: np.ndarray) -> list[list[Any]]:
     return [[at, [(*at[:-1], at[-1] * groups + i) if at else () for i in range(groups)]] for at in np.ndindex(k.shape[:-2])]
 
 
+def _over_heads(work: Callable[[Any, list[Any]], None], q: np.ndarray, k: np.ndarray) -> None:
+    """`work` for each key/value head and its query heads: the threads have as many heads each, and hold Numba's code, not Python's lock."""
+    heads = _heads(q, k)
+    threads = min(cores(), len(heads)) if q.size >= WORTH_THREADS else 1
+
+    def share(i: int) -> None:
+        for at, queries in heads[i::threads]:
+            work(at, queries)
+
+    if threads < 2:
+        share(0)
+    else:
+        list(_pool(threads).map(share, range(threads)))                             # list: exceptions are raised here
+
+
 def forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.ndarray | None, beta: np.ndarray | None,
             state: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, Residuals]:
     """out, state and residuals (the inputs) of `recurrence` with scale 1. Heads of half precision are cast one at a time."""
@@ -85,7 +103,7 @@ def forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.ndarray | None, b
             run("forward", _wide(q, query, acc), K, V, G, None, b, end[at] if i == 0 else start.copy(), O, None, acc.type(1), 0)
             _put(out, query, O)
 
-    over_heads(head, _heads(q, k), _flops(q, v))
+    _over_heads(head, q, k)
     return out, end, (q, k, v, g, beta, state)
 
 
@@ -143,7 +161,7 @@ def backward(dout: np.ndarray, dstate: np.ndarray | None, residuals: Residuals) 
             if x is not None:
                 _put(to, at, x)
 
-    over_heads(head, _heads(q, k), 3 * _flops(q, v))
+    _over_heads(head, q, k)
     return dq, dk, dv, dg, dbeta, dstart
 
 
@@ -169,7 +187,7 @@ def attention_forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, start: np.nda
                     z += F.sum(0)
                 end[at][:, :-1], end[at][:, -1] = S, z[0]
 
-    over_heads(head, _heads(q, k), _flops(q, v))
+    _over_heads(head, q, k)
     return out, end, inverse
 
 
@@ -179,40 +197,47 @@ def attention_backward(dout: np.ndarray, dend: np.ndarray | None, q: np.ndarray,
 
         dφ(q)_t = S_t G_t + z_t dden_t,   dv_t = R_tᵀ φ(k_t),   dφ(k)_t = R_t v_t + r_t,   R_t = dS_N + Σ_{s≥t} φ(q_s) G_sᵀ,   r_t likewise of dden
     """
-    acc, N = accumulator(v.dtype), q.shape[-2]
+    acc, (N, D), M = accumulator(v.dtype), q.shape[-2:], v.shape[-1]
     dq, dk, dv = (np.zeros(x.shape, x.dtype) for x in (q, k, v))
     dstart = np.zeros(start.shape, acc) if dend is None else np.array(dend, acc)
 
     def head(at: Any, queries: list[Any]) -> None:
-        keys = N if nk is None else int(nk[at])
-        V, K = _wide(v, at, acc)[:keys], _mapped(_wide(k, at, acc)[:keys], elu)
-        dK, dV = np.zeros(K.shape, acc), np.zeros(V.shape, acc)
+        keys, V, K = N if nk is None else int(nk[at]), _wide(v, at, acc), _wide(k, at, acc)
+        rows, alone = max([keys, *(N if nq is None else int(nq[query]) for query in queries)]), len(queries) == 1
+        Q, F, G, dden, values = np.zeros((rows, D), acc), np.zeros((rows, D), acc), np.zeros((rows, M), acc), np.zeros(rows, acc), V[:rows]
+        if keys < rows:
+            values = np.zeros((rows, M), acc)
+            values[:keys] = V[:keys]
+        dK, dV = _room(dk, at, acc)[:rows], _room(dv, at, acc)[:rows]
+        sums = (dK, dV) if alone else (np.zeros_like(dK), np.zeros_like(dV))
         for i, query in enumerate(queries):
             n = N if nq is None else int(nq[query])
-            rows = max(n, keys)
-            fill: Any = lambda x, rows=rows: x if len(x) == rows else np.concatenate([x, np.zeros((rows - len(x), *x.shape[1:]), acc)])
-            dO, inv = _wide(dout, query, acc)[:n], inverse[query][:n]
-            dden = fill(-np.vecdot(dO, _wide(out, query, acc)[:n]) * inv)
-            G, Q, Kr, Vr = fill(dO * inv[:, None]), fill(_mapped(_wide(q, query, acc)[:n], elu)), fill(K), fill(V)
+            Q[n:], G[n:], dden[n:] = 0, 0, 0
+            run("read_again", _wide(q, query, acc)[:n], K[:keys], _wide(dout, query, acc)[:n], _wide(out, query, acc)[:n], inverse[query][:n],
+                Q, F, G, dden, _flag(elu, acc))
             T, z = np.array(start[at][:, :-1].T, acc, order="C"), np.array(start[at][:, -1], acc)
             R, dz = (np.array(x, acc, order="C") if i == 0 else np.zeros(x.shape, acc) for x in (dstart[at][:, :-1], dstart[at][:, -1]))
-            RT = np.array(R.T, order="C")
-            dQ, dKi, dVi = np.empty(Q.shape, acc), np.empty(Kr.shape, acc), np.empty(Vr.shape, acc)
-            _sum(G, Vr, Kr, None, T, dQ)
-            _sum(Kr, Q, G, None, R, dVi, reverse=True)
-            _sum(Vr, G, Q, None, RT, dKi, reverse=True)
-            run("normaliser_gradient", Q, Kr, dden, z, dz, dQ, dKi)
-            dq[query][:n] = dQ[:n] * (np.minimum(Q[:n], 1) if elu else 1)            # φ' = min(φ, 1)
-            dK += dKi[:keys]
-            dV += dVi[:keys]
+            RT, dQ = np.array(R.T, order="C"), _room(dq, query, acc)
+            if n < rows:
+                dQ = np.empty((rows, D), acc)
+            _sum(G, values, F, None, T, dQ[:rows])
+            _sum(F, Q, G, None, R, dV, reverse=True)
+            _sum(values, G, Q, None, RT, dK, reverse=True)
+            run("normaliser_gradient", Q, F, dden, z, dz, dQ[:rows], dK, _flag(elu, acc))
+            if not np.may_share_memory(dq, dQ):
+                dq[query][:n] = dQ[:n]
+            if not alone:
+                sums[0][...] += dK
+                sums[1][...] += dV
             if i == 0:
                 dstart[at][:, :-1], dstart[at][:, -1] = R, dz
             else:
                 dstart[at][:, :-1] += R
                 dstart[at][:, -1] += dz
-        dk[at][:keys], dv[at][:keys] = dK * (np.minimum(K, 1) if elu else 1), dV
+        dk[at][:keys], dv[at][:keys] = sums[0][:keys], sums[1][:keys]                # to themselves, where they are in place
+        dk[at][keys:], dv[at][keys:] = 0, 0
 
-    over_heads(head, _heads(q, k), 3 * _flops(q, v))
+    _over_heads(head, q, k)
     return dq, dk, dv, dstart
 
 
@@ -241,7 +266,3 @@ def _room(x: Any, at: Any, acc: Any) -> np.ndarray:
 def _put(x: Any, at: Any, found: np.ndarray) -> None:
     if not np.may_share_memory(x, found):
         x[at] = found
-
-
-def _flops(q: np.ndarray, v: np.ndarray) -> float:
-    return 4.0 * q.size * v.shape[-1]

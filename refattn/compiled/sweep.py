@@ -297,17 +297,47 @@ def attention(q: Any, k: Any, v: Any, S: Any, z: Any, out: Any, inverse: Any, ep
 
 
 @njit(**options)
-def normaliser_gradient(q: Any, k: Any, dden: Any, z: Any, dz: Any, dq: Any, dk: Any) -> None:
-    """dq_t += z_t dden_t with z_t = z_0 + Σ_{j≤t} k_j, and dk_t += dz_N + Σ_{s≥t} q_s dden_s; z (D,) ends as z_N, dz as dz_0."""
-    N, D = q.shape
-    for t in range(N):
-        for d in range(D):
+def read_again(q: Any, k: Any, dout: Any, out: Any, inverse: Any, Q: Any, K: Any, G: Any, dden: Any, elu: Any) -> None:
+    """What the backward of `attention` sums: φ(q), φ(k), G_t = inverse_t do_t and dden_t = -inverse_t (do_t·out_t)."""
+    whole_registers()
+    D, W, one = q.shape[1], BYTES // q.itemsize, q.dtype.type(1)
+    for x, to in ((q, Q), (k, K)):
+        for t in range(x.shape[0]):
+            there, d = row(to, t), 0
+            for e in range(D):
+                there[e] = x[t, e]
+            if elu is not None:
+                while d + W <= D:
+                    y = load(there, d)
+                    store(there, d, elu1(y, exp(y)))
+                    d += W
+                for e in range(d, D):
+                    there[e] = there[e] + one if there[e] > 0 else np.exp(there[e])
+    for t in range(q.shape[0]):
+        s = q.dtype.type(0)
+        for m in range(dout.shape[1]):
+            s += dout[t, m] * out[t, m]
+            G[t, m] = inverse[t] * dout[t, m]
+        dden[t] = -inverse[t] * s
+
+
+@njit(**options)
+def normaliser_gradient(q: Any, k: Any, dden: Any, z: Any, dz: Any, dq: Any, dk: Any, elu: Any) -> None:
+    """dq_t += z_t dden_t with z_t = z_0 + Σ_{j≤t} k_j, and dk_t += dz_N + Σ_{s≥t} q_s dden_s, which are those of φ(q) and φ(k): with `elu` times
+    φ' = min(φ, 1). z (D,) ends as z_N, dz as dz_0."""
+    one = q.dtype.type(1)
+    for t in range(q.shape[0]):
+        for d in range(q.shape[1]):
             z[d] += k[t, d]
             dq[t, d] += z[d] * dden[t]
-    for t in range(N - 1, -1, -1):
-        for d in range(D):
+            if elu is not None:
+                dq[t, d] *= min(q[t, d], one)
+    for t in range(q.shape[0] - 1, -1, -1):
+        for d in range(q.shape[1]):
             dz[d] += q[t, d] * dden[t]
             dk[t, d] += dz[d]
+            if elu is not None:
+                dk[t, d] *= min(k[t, d], one)
 
 
 @njit(**options)

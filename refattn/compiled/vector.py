@@ -8,6 +8,7 @@ LLVM makes of them whatever the processor has: one AVX-512 register, two of AVX,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from .._array import missing_extra
@@ -76,7 +77,7 @@ def load(typing: Any, p: Any, i: Any) -> Any:
     kind = Vector(p.dtype)
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(_address(builder, *args, context.get_value_type(kind)), align=p.dtype.bitwidth // 8)
+        return builder.load(_address(builder, args[0], args[1], context.get_value_type(kind)), align=p.dtype.bitwidth // 8)
 
     return kind(p, types.intp), code
 
@@ -84,7 +85,7 @@ def load(typing: Any, p: Any, i: Any) -> Any:
 @intrinsic
 def store(typing: Any, p: Any, i: Any, x: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(args[2], _address(builder, *args[:2], args[2].type), align=p.dtype.bitwidth // 8)
+        builder.store(args[2], _address(builder, args[0], args[1], args[2].type), align=p.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
     return types.none(p, types.intp, x), code
@@ -97,6 +98,11 @@ def _spread(builder: Any, x: Any, kind: Any) -> Any:
     nothing, whole = ir.Constant(kind, ir.Undefined), ir.IntType(32)
     one = builder.insert_element(nothing, x, ir.Constant(whole, 0))
     return builder.shuffle_vector(one, nothing, ir.Constant(ir.VectorType(whole, kind.count), [0] * kind.count))
+
+
+def _everywhere(kind: Any) -> Callable[[Any], Any]:
+    """Of a value, the constant vector that has it in every place."""
+    return lambda value: ir.Constant(kind, [ir.Constant(kind.element, value)] * kind.count)
 
 
 def _scalar(a: Any, x: Any) -> Any:
@@ -140,11 +146,12 @@ def exp(typing: Any, x: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = args[0].type
         whole = ir.VectorType(ir.IntType(x.scalar.bitwidth), kind.count)
-        number = lambda value: ir.Constant(kind, [ir.Constant(kind.element, value)] * kind.count)
-        integer = lambda value: ir.Constant(whole, [ir.Constant(whole.element, value)] * kind.count)
+        number, integer = _everywhere(kind), _everywhere(whole)
         suffix = f"v{kind.count}f{x.scalar.bitwidth}"
-        call = lambda name, result, *given: builder.call(cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(result, [y.type for y in given]), name), given)
+
+        def call(name: str, result: Any, *given: Any) -> Any:
+            return builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, [y.type for y in given]), name), given)
+
         y = args[0]
         for relation, bound in (("<", -furthest), (">", furthest)):
             y = builder.select(builder.fcmp_ordered(relation, y, number(bound)), number(bound), y)
@@ -154,10 +161,11 @@ def exp(typing: Any, x: Any) -> Any:
         sums = number(1 / math.factorial(terms - 1))
         for i in reversed(range(terms - 1)):
             sums = call(f"llvm.fma.{suffix}", kind, sums, r, number(1 / math.factorial(i)))
-        power = call(f"llvm.fptosi.sat.v{kind.count}i{x.scalar.bitwidth}.{suffix}", whole, n)
+        power = builder.fptosi(builder.select(builder.fcmp_ordered("==", n, n), n, number(0.0)), whole)           # of NaN none; r is NaN then
         half = builder.ashr(power, integer(1))
         for part in (half, builder.sub(power, half)):                                # in two steps, since 2ⁿ alone may not be a number
-            sums = builder.fmul(sums, builder.bitcast(builder.shl(builder.add(part, integer(bias)), integer(bits)), kind))
+            scale = builder.bitcast(builder.shl(builder.add(part, integer(bias)), integer(bits)), kind)
+            sums = call(f"llvm.fma.{suffix}", kind, sums, scale, number(0.0))        # products LLVM may put in another order
         return sums
 
     return x(x), code
@@ -168,7 +176,7 @@ def elu1(typing: Any, x: Any, e: Any) -> Any:
     """φ(x) = x + 1 above 0, and e = eˣ, which is given, below. (eq. 7)"""
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = args[0].type
-        number = lambda value: ir.Constant(kind, [ir.Constant(kind.element, value)] * kind.count)
+        number = _everywhere(kind)
         return builder.select(builder.fcmp_ordered(">", args[0], number(0.0)), builder.fadd(args[0], number(1.0)), args[1])
 
     return x(x, e), code
