@@ -229,3 +229,13 @@ def _shape(x: Array) -> str:
 
 def _values(values: tuple[Any, ...]) -> str:
     return "(" + ", ".join(str(value) for value in values) + ("," if len(values) == 1 else "") + ")"
+
+
+def check_compiled(xp: Any) -> None:
+    """Raise unless arrays of this library can go to the loops that Numba compiles, and Numba is there."""
+    if xp is not np:
+        raise TypeError(f"compiled: expected NumPy arrays, got those of {getattr(xp, '__name__', xp)}; leave it False, they have a form of their own")
+    try:
+        import numba                                                              # noqa: F401
+    except ImportError:
+        raise missing_extra("numba", "numba") from None

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._array import (Array, Axes, accumulator, cast, check_cotangent, check_dtypes, check_lengths, check_number, check_qkv, check_shape,
-                     check_wide_dtype, dtype_name, namespace)
+from ._array import (Array, Axes, accumulator, cast, check_compiled, check_cotangent, check_dtypes, check_lengths, check_number, check_qkv,
+                     check_shape, check_wide_dtype, dtype_name, namespace)
 from ._blocks import Reader, reader, real_rows, split_groups
 from .causal import (CHUNK, Store, causal_scan_backward, causal_scan_forward, causal_step, causal_step_backward, each_stack,
                      running_product, sizes, writer)
@@ -47,7 +47,7 @@ class State(NamedTuple):
 # --- the public functions -----------------------------------------------------------------------------------------------------------
 
 def linear_attention(q: Array, k: Array, v: Array, *, feature_map: Any = "elu1", causal: bool = False, eps: float = 1e-6,
-                     query_lengths: Any = None, key_lengths: Any = None) -> Array:
+                     query_lengths: Any = None, key_lengths: Any = None, compiled: bool = False) -> Array:
     """Linear attention: V'_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / (φ(q_i)ᵀ Σ_j φ(k_j) + ε), eq. 5 of the paper; `causal`: j ≤ i, eq. 9.
 
     Parameters
@@ -65,6 +65,8 @@ def linear_attention(q: Array, k: Array, v: Array, *, feature_map: Any = "elu1",
     query_lengths, key_lengths : integers, optional
         Real positions per sequence, shape (B,) or any first part of the leading axes. Padded queries give rows of zeros; what stands
         in padding, NaN included, reaches no output and no gradient.
+    compiled : bool
+        True: causal sums of NumPy arrays go to loops that Numba compiles (extra `numba`), see `refattn.compiled`.
 
     Returns
     -------
@@ -89,13 +91,13 @@ def linear_attention(q: Array, k: Array, v: Array, *, feature_map: Any = "elu1",
     >>> linear_attention(q, k, v, eps=0).ravel(), linear_attention(q, k, v, eps=0, causal=True).ravel()
     (array([2., 2.]), array([1., 2.]))
     """
-    return _linear(q, k, v, feature_map, causal, eps, query_lengths, key_lengths)[0]
+    return _linear(q, k, v, feature_map, causal, eps, query_lengths, key_lengths, compiled=compiled)[0]
 
 
 def linear_attention_vjp(q: Array, k: Array, v: Array, *, feature_map: Any = "elu1", causal: bool = False, eps: float = 1e-6,
-                         query_lengths: Any = None, key_lengths: Any = None) -> tuple[Array, Pullback]:
+                         query_lengths: Any = None, key_lengths: Any = None, compiled: bool = False) -> tuple[Array, Pullback]:
     """`linear_attention` and its pullback: dout -> (dq, dk, dv); see `refattn.vjp`."""
-    out, _, backward = _linear(q, k, v, feature_map, causal, eps, query_lengths, key_lengths)
+    out, _, backward = _linear(q, k, v, feature_map, causal, eps, query_lengths, key_lengths, compiled=compiled)
 
     def pullback(dout: Array | None) -> tuple[Array, Array, Array]:
         check_cotangent("dout", dout, out)
@@ -105,8 +107,8 @@ def linear_attention_vjp(q: Array, k: Array, v: Array, *, feature_map: Any = "el
     return out, pullback
 
 
-def causal_linear_attention(q: Array, k: Array, v: Array, state: State | None = None, *, feature_map: Any = "elu1",
-                            eps: float = 1e-6) -> tuple[Array, State]:
+def causal_linear_attention(q: Array, k: Array, v: Array, state: State | None = None, *, feature_map: Any = "elu1", eps: float = 1e-6,
+                            compiled: bool = False) -> tuple[Array, State]:
     """Causal linear attention that starts from a state and returns the next one: prefill, streaming, the RNN view (eq. 8-12, 16-20).
 
     Parameters
@@ -116,7 +118,7 @@ def causal_linear_attention(q: Array, k: Array, v: Array, state: State | None = 
     v : (..., H, N, M)
     state : State, optional
         S (..., H, F, M) and z (..., H, F): what preceded position 0, as an earlier call returned it. None: nothing.
-    feature_map, eps
+    feature_map, eps, compiled
         As in `linear_attention`.
 
     Returns
@@ -143,14 +145,14 @@ def causal_linear_attention(q: Array, k: Array, v: Array, state: State | None = 
     >>> out.ravel(), state.z
     (array([1., 2.]), array([2., 2., 2.]))
     """
-    out, end, _ = _causal(q, k, v, state, feature_map, eps)
+    out, end, _ = _causal(q, k, v, state, feature_map, eps, compiled)
     return out, end
 
 
-def causal_linear_attention_vjp(q: Array, k: Array, v: Array, state: State | None = None, *, feature_map: Any = "elu1",
-                                eps: float = 1e-6) -> tuple[tuple[Array, State], Pullback]:
+def causal_linear_attention_vjp(q: Array, k: Array, v: Array, state: State | None = None, *, feature_map: Any = "elu1", eps: float = 1e-6,
+                                compiled: bool = False) -> tuple[tuple[Array, State], Pullback]:
     """`causal_linear_attention` and its pullback: (dout, dstate) -> (dq, dk, dv, dstate0); see `refattn.vjp`."""
-    out, end, backward = _causal(q, k, v, state, feature_map, eps)
+    out, end, backward = _causal(q, k, v, state, feature_map, eps, compiled)
 
     def pullback(dout: Array | None, dstate: Any = None) -> tuple[Array, Array, Array, State | None]:
         check_cotangent("dout", dout, out)
@@ -502,20 +504,20 @@ def _keep(x: Array, real: Array | None, xp: Any) -> Array:
 # --- what the public functions share --------------------------------------------------------------------------------------------------
 
 def _linear(q: Array, k: Array, v: Array, feature_map: Any, causal: bool, eps: float, query_lengths: Any, key_lengths: Any,
-            state: State | None = None) -> tuple[Array, Array, Callable[[Array | None, None], Any]]:
+            state: State | None = None, compiled: bool = False) -> tuple[Array, Array, Callable[[Array | None, None], Any]]:
     xp, axes, phi, F, eps = _check(q, k, v, feature_map, eps, causal)
     nq = check_lengths("query_lengths", query_lengths, axes.q_lead, axes.N, "N")
     nk = check_lengths("key_lengths", key_lengths, axes.kv_lead, axes.L, "L")
     start = _start(None if state is None else _check_state(state, q, axes, F), q, axes, F, xp)
-    return _attend(causal, q, k, v, start, phi, eps, nq, nk, xp)
+    return _attend(causal, q, k, v, start, phi, eps, nq, nk, xp, compiled)
 
 
-def _causal(q: Array, k: Array, v: Array, state: State | None, feature_map: Any,
-            eps: float) -> tuple[Array, State, Callable[[Array | None, State | None], Any]]:
+def _causal(q: Array, k: Array, v: Array, state: State | None, feature_map: Any, eps: float,
+            compiled: bool) -> tuple[Array, State, Callable[[Array | None, State | None], Any]]:
     xp, axes, phi, F, eps = _check(q, k, v, feature_map, eps, True)
     state = None if state is None else _check_state(state, q, axes, F)
     start = _start(state, q, axes, F, xp)
-    out, end, inner = _attend(True, q, k, v, start, phi, eps, None, None, xp)
+    out, end, inner = _attend(True, q, k, v, start, phi, eps, None, None, xp, compiled)
 
     def backward(dout: Array | None, dstate: State | None) -> tuple[Array, Array, Array, State | None]:
         dend = None if dstate is None else xp.concat([dstate.S, dstate.z[..., None]], axis=-1)
@@ -533,9 +535,13 @@ def _start(state: State | None, q: Array, axes: Axes, F: int, xp: Any) -> Array:
     return xp.concat([cast(state.S, acc), cast(state.z, acc)[..., None]], axis=-1)
 
 
-def _attend(causal: bool, q: Array, k: Array, v: Array, start: Array, phi: FeatureMap, eps: float, nq: Any, nk: Any,
-            xp: Any) -> tuple[Array, Array, Callable[[Array | None, Array | None], Any]]:
+def _attend(causal: bool, q: Array, k: Array, v: Array, start: Array, phi: FeatureMap, eps: float, nq: Any, nk: Any, xp: Any,
+            compiled: bool) -> tuple[Array, Array, Callable[[Array | None, Array | None], Any]]:
     """(out, end, backward) by the fast form for NumPy arrays, by our kernels for causal sums of CuPy arrays, by the loop-free form else."""
+    if compiled:
+        check_compiled(xp)
+    if compiled and causal:
+        return _attend_compiled(q, k, v, start, phi, eps, nq, nk)
     if xp is np:
         product = running_product if causal else full_product
         chunk = {} if causal else {"chunk": 8 * CHUNK}                                                 # nothing there is quadratic in it
@@ -575,6 +581,25 @@ def _attend_with_kernels(q: Array, k: Array, v: Array, start: Array, phi: Featur
         return cast(dq, q.dtype), cast(dk, k.dtype), cast(dv, v.dtype), xp.concat([dS, dz[..., None]], axis=-1)
 
     return cast(out, v.dtype), xp.concat([S, z[..., None]], axis=-1), backward
+
+
+def _attend_compiled(q: np.ndarray, k: np.ndarray, v: np.ndarray, start: np.ndarray, phi: FeatureMap, eps: float, nq: Any,
+                     nk: Any) -> tuple[np.ndarray, np.ndarray, Callable[[np.ndarray | None, np.ndarray | None], Any]]:
+    """`_attend` by Numba's loops. elu1 is worked out in them; other maps before."""
+    from .compiled.launch import attention_backward, attention_forward
+    elu, acc = phi is FEATURE_MAPS["elu1"], accumulator(v.dtype)
+    wide = [_keep(cast(x, acc), _real(n, x, np), np) for x, n in ((q, nq), (k, nk))] if not elu else []
+    fq, fk = (q, k) if elu else (_keep(phi.forward(x), _real(n, x, np), np) for x, n in zip(wide, (nq, nk), strict=True))
+    out, end, inverse = attention_forward(fq, fk, v, start, elu, eps, nq, nk)
+
+    def backward(dout: np.ndarray | None, dend: np.ndarray | None) -> tuple[np.ndarray, ...]:
+        do = np.zeros_like(out) if dout is None else dout
+        dq, dk, dv, dstart = attention_backward(do, dend, fq, fk, v, start, out, inverse, elu, nq, nk)
+        if not elu:
+            dq, dk = (cast(_keep(phi.backward(d, x), _real(n, x, np), np), q.dtype) for d, x, n in zip((dq, dk), wide, (nq, nk), strict=True))
+        return dq, dk, dv, dstart
+
+    return out, end, backward
 
 
 _FUSED = {FEATURE_MAPS["identity"]: 0, FEATURE_MAPS["elu1"]: 1}

@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--features", type=int, nargs="+", default=[64, 128], help="D = M")
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each contestant in each row (default 1)")
     parser.add_argument("--chunks", action="store_true", help="only compare chunk sizes of the chunked form")
+    parser.add_argument("--compiled", action="store_true", help="our loops compiled by Numba, for the product, attention and the rules")
     parser.add_argument("--rule", nargs="+", choices=RULES, help="only compare these rules of `recurrence` with rule linear")
     parser.add_argument("--cuda-static", action="store_true", help="only the CUDA kernels, without a GPU: occupancy, traffic, roofline")
     parser.add_argument("--device", action="store_true", help="only the CUDA kernels, on a GPU: times")
@@ -58,8 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{processor()}, {cores()} cores, Python {platform.python_version()}, NumPy {np.__version__}; "
           f"peers: {', '.join(peers) or 'none installed'}; float32, B·H = {args.heads}; {time.strftime('%Y-%m-%d')}")
     figures: dict[str, Any] = {"chunks": _chunk_table(args)} if args.chunks else {"rules": _rule_table(args, peers)} if args.rule else {
-        "products": _product_table(args, peers), "attention": _attention_table(args, peers), "growth": _growth_table(args),
-        "memory": _memory_table(args), "decoding": _decoding_table(args, peers)}
+        "products": _product_table(args, peers), "attention": _attention_table(args, peers)}
+    if not (args.chunks or args.rule or args.compiled):
+        figures |= {"growth": _growth_table(args), "memory": _memory_table(args), "decoding": _decoding_table(args, peers)}
     return _written(args.json, figures)
 
 
@@ -84,11 +86,10 @@ def _product_table(args: argparse.Namespace, peers: dict[str, Any]) -> list[dict
             product = np.empty_like(square)
 
             def both(q: Any = q, k: Any = k, v: Any = v, dout: Any = dout) -> Any:
-                out, _, residuals = causal_chunked_forward(q, k, v)
-                return out, *causal_chunked_backward(dout, None, residuals)[:3]
+                return _forward_and_backward(recurrence, dout, q, k, v, compiled=args.compiled)[:4]
 
             contest: Contest = {"gemm": partial(np.matmul, square, square, out=product),
-                                "forward": partial(causal_chunked_forward, q, k, v), "both": both}
+                                "forward": partial(recurrence, q, k, v, compiled=args.compiled), "both": both}
             if "fast_transformers" in peers:
                 theirs, theirs_both = _their_product(peers, q, k, v, dout)
                 _check("causal_dot_product", both(), theirs_both(), N + D)
@@ -110,8 +111,8 @@ def _attention_table(args: argparse.Namespace, peers: dict[str, Any]) -> list[di
                "N", "forward ms", "theirs ms", "faster", "fwd+bwd ms", "theirs ms", "faster", "SDPA fwd ms", "faster")
         for N in args.lengths:
             q, k, v, dout = _draw(args.heads, N, D, 4)
-            both = partial(_forward_and_backward, causal_linear_attention, dout, q, k, v)
-            contest: Contest = {"forward": partial(causal_linear_attention, q, k, v), "both": both}
+            both = partial(_forward_and_backward, causal_linear_attention, dout, q, k, v, compiled=args.compiled)
+            contest: Contest = {"forward": partial(causal_linear_attention, q, k, v, compiled=args.compiled), "both": both}
             if "fast_transformers" in peers:
                 theirs, theirs_both = _their_attention(peers, q, k, v, dout)
                 _check("CausalLinearAttention", both(), theirs_both(), 4 * (N + D))
@@ -215,9 +216,11 @@ def _rule_table(args: argparse.Namespace, peers: dict[str, Any]) -> list[dict[st
             for rule, channels in [(r, c) for r in args.rule for c in ([False, True] if "g" in RULES[r] else [None])]:
                 g = None if channels is None else -rng.random(k.shape if channels else k.shape[:-1], np.float32)
                 beta = rng.random(k.shape[:-1], np.float32) if "beta" in RULES[rule] else None
-                contest: Contest = {"linear": partial(recurrence, q, k, v), "linear both": partial(_forward_and_backward, recurrence, dout, q, k, v),
-                                    "forward": partial(recurrence, q, k, v, g, beta, rule=rule),
-                                    "both": partial(_forward_and_backward, recurrence, dout, q, k, v, g, beta, rule=rule)}
+                ours = {"compiled": args.compiled}
+                contest: Contest = {"linear": partial(recurrence, q, k, v, **ours),
+                                    "linear both": partial(_forward_and_backward, recurrence, dout, q, k, v, **ours),
+                                    "forward": partial(recurrence, q, k, v, g, beta, rule=rule, **ours),
+                                    "both": partial(_forward_and_backward, recurrence, dout, q, k, v, g, beta, rule=rule, **ours)}
                 if "onnxruntime" in peers:
                     theirs = contest["theirs"] = _their_rule(peers, q, k, v, g, beta, rule)
                     _check("com.microsoft.LinearAttention", contest["forward"](), theirs(), 8 * (N + D))

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from ._array import (Array, Axes, accumulator, cast, check_cotangent, check_dtypes, check_number, check_qkv, check_shape, check_wide_dtype,
-                     namespace, on_host)
+from ._array import (Array, Axes, accumulator, cast, check_compiled, check_cotangent, check_dtypes, check_number, check_qkv, check_shape,
+                     check_wide_dtype, namespace, on_host)
 from .attention import Pullback, has_kernels
 from .causal import (causal_chunked_backward, causal_chunked_forward, causal_scan_backward, causal_scan_forward, causal_step,
                      causal_step_backward)
@@ -32,7 +32,7 @@ RULES = {"linear": (), "gated": ("g",), "delta": ("beta",), "gated_delta": ("g",
 
 
 def recurrence(q: Array, k: Array, v: Array, g: Array | None = None, beta: Array | None = None, state: Array | None = None, *,
-               rule: str = "linear", scale: float = 1.0, cu_seqlens: Any = None) -> tuple[Array, Array]:
+               rule: str = "linear", scale: float = 1.0, cu_seqlens: Any = None, compiled: bool = False) -> tuple[Array, Array]:
     """S_t = P_t + k_t u_tᵀ, o_t = scale · S_tᵀ q_t with P_t = Diag(exp(g_t)) S_{t-1}, for a whole sequence.
 
     Rule `linear`: no g, u = v (eq. 10 of the paper, without φ and normaliser). `gated`: u = v (RetNet, GLA, Mamba-2). `delta`: no g,
@@ -58,6 +58,9 @@ def recurrence(q: Array, k: Array, v: Array, g: Array | None = None, beta: Array
     cu_seqlens : integers (sequences + 1,), optional
         Several sequences packed along N one behind the other: sequence i is positions cu_seqlens[i] … cu_seqlens[i+1] - 1, and starts
         from its own state. Starts with 0, never falls, ends with N; empty sequences are allowed.
+    compiled : bool
+        True: NumPy arrays go to loops that Numba compiles (extra `numba`), see `refattn.compiled`; the same answer to within its bound, in half
+        the time or less. The first call of each kind takes some seconds, once: what is compiled is kept on disk.
 
     Returns
     -------
@@ -92,11 +95,12 @@ def recurrence(q: Array, k: Array, v: Array, g: Array | None = None, beta: Array
     >>> recurrence(x, x, x, np.log([0.5, 0.5, 0.5, 0.5]), rule="gated")[0].ravel()
     array([1.   , 1.5  , 1.75 , 1.875])
     """
-    return recurrence_vjp(q, k, v, g, beta, state, rule=rule, scale=scale, cu_seqlens=cu_seqlens)[0]
+    return recurrence_vjp(q, k, v, g, beta, state, rule=rule, scale=scale, cu_seqlens=cu_seqlens, compiled=compiled)[0]
 
 
 def recurrence_vjp(q: Array, k: Array, v: Array, g: Array | None = None, beta: Array | None = None, state: Array | None = None, *,
-                   rule: str = "linear", scale: float = 1.0, cu_seqlens: Any = None) -> tuple[tuple[Array, Array], Pullback]:
+                   rule: str = "linear", scale: float = 1.0, cu_seqlens: Any = None,
+                   compiled: bool = False) -> tuple[tuple[Array, Array], Pullback]:
     """`recurrence` and its pullback: (dout, dstate) -> (dq, dk, dv, dg, dbeta, dstate0); see `refattn.vjp`.
 
     With o = scale · f: the transpose of f at scale · do."""
@@ -104,7 +108,7 @@ def recurrence_vjp(q: Array, k: Array, v: Array, g: Array | None = None, beta: A
     arrays = (q, k, v, g, beta)
     bounds = _check_packing(cu_seqlens, axes.N)
     _check_state(state, q, axes, None if bounds is None else len(bounds) - 1)
-    forward, backward = _forms(xp, axes, rule)
+    forward, backward = _compiled(xp) if compiled else _forms(xp, axes, rule)
     if bounds is None:
         out, end, residuals = forward(*arrays, state)
         parts = [(slice(None), residuals)]
@@ -205,6 +209,12 @@ def recurrence_step_vjp(q_t: Array, k_t: Array, v_t: Array, g_t: Array | None = 
                 None if state is None else cast(dS, state.dtype))
 
     return (out, end), pullback
+
+
+def _compiled(xp: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    check_compiled(xp)
+    from .compiled.launch import backward, forward
+    return forward, backward
 
 
 def _forms(xp: Any, axes: Axes, rule: str) -> tuple[Callable[..., Any], Callable[..., Any]]:

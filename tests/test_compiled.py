@@ -1,0 +1,169 @@
+"""Laws of the loops that Numba compiles: they are the recurrence and the attention, in every rule, dtype, layout and number of threads."""
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import refattn
+from refattn import State, oracle
+from refattn.rules import RULES
+from refattn.testing.broken import named
+from refattn.testing.budgets import assert_within, attention_budget
+from refattn.testing.check import check_kernel
+from refattn.testing.strategies import cases, strided
+
+pytest.importorskip("numba", reason="needs numba: pip install 'refattn[numba]'")
+DECAYS = [(rule, decay) for rule, more in RULES.items() for decay in ("head", "channel")[: 1 + ("g" in more)]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize(("rule", "decay"), DECAYS)
+def test_it_is_the_recurrence_and_its_transpose(rule: str, decay: str, dtype: str) -> None:
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+
+    def forward(*arrays: np.ndarray) -> Any:
+        return refattn.recurrence(*named(rule, arrays), rule=rule, scale=0.5, compiled=True)
+
+    def backward(dout: np.ndarray, dstate: np.ndarray, *arrays: np.ndarray) -> Any:
+        _, pullback = refattn.vjp(refattn.recurrence, *named(rule, arrays), rule=rule, scale=0.5, compiled=True)
+        return tuple(d for d in pullback(dout, dstate) if d is not None)
+
+    report = check_kernel(forward, backward=backward, rule=rule, decay=decay, scale=0.5, dtype=dtype, grouped=True,
+                          examples=15 if dtype == "float32" else 6, time_limit=300)
+    assert report.passed and not report.untried, str(report)
+
+
+@pytest.mark.parametrize(("rule", "decay"), DECAYS)
+@pytest.mark.parametrize(("D", "M"), [(16, 32), (33, 40), (64, 64), (70, 3)])
+def test_whole_and_part_vectors_of_features(rule: str, decay: str, D: int, M: int, rng: np.random.Generator) -> None:
+    """On integers the same bits as the chunked form in NumPy, for features that fill vectors and for those that do not, over several tiles."""
+    N = 75
+    q, k, v, do = (rng.integers(-2, 3, (3, N, x)).astype(np.float32) for x in (D, D, M, M))
+    S, dS = (rng.integers(-2, 3, (3, D, M)).astype(np.float32) for _ in range(2))
+    g = np.where(rng.random((3, N, D) if decay == "channel" else (3, N)) < 0.2, -np.inf, 0).astype(np.float32) if "gated" in rule else None
+    beta = None
+    if "delta" in rule:
+        k, beta = np.zeros_like(k), np.zeros((3, N), np.float32)
+        for t in rng.permutation(N)[:5]:
+            k[:, t, rng.permutation(D)[:2]], beta[:, t] = rng.choice([-1, 1]), 0.5
+    both = [refattn.vjp(refattn.recurrence, q, k, v, g, beta, S, rule=rule, compiled=compiled) for compiled in (False, True)]
+    for x, y in zip(both[0][0], both[1][0], strict=True):
+        np.testing.assert_array_equal(x, y)
+    for x, y in zip(*(pullback(do, dS) for _, pullback in both), strict=True):
+        if x is not None:
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_any_strides_of_inputs_and_cotangents(rule: str, rng: np.random.Generator) -> None:
+    q, k, v, do = (rng.integers(-2, 3, (2, 40, x)).astype(np.float32) for x in (5, 5, 7, 7))
+    g = np.where(rng.random((2, 40)) < 0.3, -np.inf, 0).astype(np.float32) if "gated" in rule else None
+    beta = (np.arange(80).reshape(2, 40) % 40 == 7).astype(np.float32) if "delta" in rule else None
+    (out, end), pullback = refattn.vjp(refattn.recurrence, q, k, v, g, beta, rule=rule, compiled=True)
+    expected = [out, end, *(d for d in pullback(do) if d is not None)]
+    for _ in range(4):
+        awkward = [None if x is None else strided(x, rng) for x in (q, k, v, g, beta)]
+        (out, end), pullback = refattn.vjp(refattn.recurrence, *awkward, rule=rule, compiled=True)
+        for x, y in zip(expected, [out, end, *(d for d in pullback(strided(do, rng)) if d is not None)], strict=True):
+            np.testing.assert_array_equal(x, y)
+    same = np.broadcast_to(do[..., :1], do.shape)
+    for x, y in zip(pullback(same), pullback(same.copy()), strict=True):
+        assert x is None or np.array_equal(x, y)
+
+
+@pytest.mark.parametrize("feature_map", ["elu1", "relu", "identity"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@settings(max_examples=25)
+@given(data=st.data())
+def test_attention_is_that_of_the_oracle(dtype: str, feature_map: str, data: Any) -> None:
+    """With a state before, lengths of queries and keys, grouped queries; NaN in padding reaches nothing."""
+    case = data.draw(cases(dtype=dtype, longest=70))
+    d, lengths = case.dims, data.draw(st.booleans())
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    phi = {"elu1": oracle.eq7, "relu": lambda x: np.maximum(x, 0), "identity": lambda x: x}[feature_map]
+    dphi = {"elu1": lambda x: np.exp(np.minimum(x, 0)), "relu": lambda x: (x > 0).astype(float), "identity": np.ones_like}[feature_map]
+    q, k, v, dout = (np.abs(x) if feature_map == "identity" and i < 2 else x for i, x in enumerate((case.q, case.k, case.v, case.dout)))
+    options: dict[str, Any] = {"feature_map": feature_map, "eps": 0.5, "causal": True}
+    padding: dict[str, Any] = {}
+    if lengths and d.lead:
+        padding = {name: rng.integers(0, d.N + 1, d.lead[:1]) for name in ("query_lengths", "key_lengths")}
+        for name, arrays in (("query_lengths", (q, dout)), ("key_lengths", (k, v))):
+            for b, n in enumerate(padding[name]):
+                for x in arrays:
+                    x[b, ..., n:, :] = np.nan
+    out, pullback = refattn.vjp(refattn.linear_attention, q, k, v, **options, **padding, compiled=True)
+    none = np.zeros((*d.lead, d.H, d.D, d.M))
+    budget = attention_budget(q, k, v, none, none[..., 0], dout, none, none[..., 0], phi=phi, dphi=dphi, eps=0.5, **padding)
+    with np.errstate(invalid="ignore"):
+        assert_within(out, oracle.linear_attention(q, k, v, phi=phi, causal=True, eps=0.5, **padding), budget.out)
+    wide = [x.astype(np.float64) for x in (q, k, v)]
+    right = refattn.vjp(refattn.linear_attention, *wide, **options, **padding)[1](dout.astype(np.float64))
+    for name, x, y, bound in zip("qkv", pullback(dout), right, (budget.dq, budget.dk, budget.dv), strict=True):
+        assert_within(x, y, bound, f"d{name}")
+
+
+@settings(max_examples=20)
+@given(case=cases(dtype=np.float32, longest=40), seed=st.integers(0, 2**32 - 1))
+def test_attention_from_a_state_to_a_state(case: Any, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    S, z = rng.random(case.state.shape).astype(np.float32), rng.random(case.state.shape[:-1]).astype(np.float32)
+    dz = rng.standard_normal(z.shape).astype(np.float32)
+    (out, end), pullback = refattn.vjp(refattn.causal_linear_attention, case.q, case.k, case.v, State(S, z), compiled=True)
+    wide = [x.astype(np.float64) for x in (case.q, case.k, case.v)]
+    (right, right_end), right_pullback = refattn.vjp(refattn.causal_linear_attention, *wide, State(S.astype(float), z.astype(float)))
+    b = attention_budget(case.q, case.k, case.v, S, z, case.dout, case.dstate, dz, phi=oracle.eq7, dphi=lambda x: np.exp(np.minimum(x, 0)))
+    for name, x, y, bound in (("out", out, right, b.out), ("S", end.S, right_end.S, b.S), ("z", end.z, right_end.z, b.z)):
+        assert_within(x, y, bound, name)
+    *three, dstart = pullback(case.dout, State(case.dstate, dz))
+    *right_three, right_start = right_pullback(case.dout.astype(float), State(case.dstate.astype(float), dz.astype(float)))
+    for name, x, y, bound in zip(("dq", "dk", "dv", "dS", "dz"), (*three, *dstart), (*right_three, *right_start), (b.dq, b.dk, b.dv, b.dS, b.dz),
+                                 strict=True):
+        assert_within(x, y, bound, name)
+
+
+def test_eight_threads_at_once_get_right_answers(rng: np.random.Generator) -> None:
+    problems = [[rng.standard_normal((4, 200, 32)).astype(np.float32) for _ in range(3)] for _ in range(8)]
+    alone = [refattn.recurrence(*x, compiled=True)[0] for x in problems]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            for x, y in zip(alone, pool.map(lambda x: refattn.recurrence(*x, compiled=True)[0], problems), strict=True):
+                np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_its_exponential_is_within_two_units(dtype: str) -> None:
+    """Over all of the range, subnormal results and those that are 0 or infinite too: g is one decay after one write."""
+    least = {"float32": -105.0, "float64": -750.0}[dtype]
+    g = np.concatenate([np.linspace(least, 5, 20_000), -np.logspace(-30, 1, 2_000), [0.0, -np.inf, -1e30]]).astype(dtype)[:, None, None]
+    one = np.ones((len(g), 1, 1), dtype)
+    for gates in (g[..., 0], g):
+        _, state = refattn.recurrence(one * 0, one * 0, one * 0, gates, state=one, rule="gated", compiled=True)
+        exact = np.exp(g.astype(np.longdouble)).reshape(state.shape)
+        unit = np.spacing(np.maximum(exact.astype(dtype), np.finfo(dtype).smallest_subnormal))
+        assert (np.abs(state.astype(np.longdouble) - exact) <= 2 * unit).all()
+
+
+def test_numba_is_not_imported_before_it_is_asked_for() -> None:
+    code = ("import sys, numpy as np, refattn; x = np.ones((5, 2)); refattn.recurrence(x, x, x); assert 'numba' not in sys.modules; "
+            "refattn.recurrence(x, x, x, compiled=True); assert 'numba' in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_is_not_there_and_what_is_not_numpy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    strict = pytest.importorskip("array_api_strict")
+    x = strict.ones((4, 2))
+    with pytest.raises(TypeError, match="compiled: expected NumPy arrays, got those of array_api_strict; leave it False"):
+        refattn.recurrence(x, x, x, compiled=True)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    y = np.ones((4, 2))
+    for call in (refattn.recurrence, refattn.causal_linear_attention):
+        with pytest.raises(ImportError, match=r"pip install 'refattn\[numba\]'"):
+            call(y, y, y, compiled=True)
