@@ -540,7 +540,7 @@ def _attend(causal: bool, q: Array, k: Array, v: Array, start: Array, phi: Featu
     """(out, end, backward) by the fast form for NumPy arrays, by our kernels for causal sums of CuPy arrays, by the loop-free form else."""
     if compiled:
         check_compiled(xp)
-    if compiled and causal:
+    if compiled and causal and q.size and v.size:
         return _attend_compiled(q, k, v, start, phi, eps, nq, nk)
     if xp is np:
         product = running_product if causal else full_product

@@ -108,7 +108,7 @@ def recurrence_vjp(q: Array, k: Array, v: Array, g: Array | None = None, beta: A
     arrays = (q, k, v, g, beta)
     bounds = _check_packing(cu_seqlens, axes.N)
     _check_state(state, q, axes, None if bounds is None else len(bounds) - 1)
-    forward, backward = _compiled(xp) if compiled else _forms(xp, axes, rule)
+    forward, backward = _compiled(xp, axes, rule, bool(q.size and v.size)) if compiled else _forms(xp, axes, rule)
     if bounds is None:
         out, end, residuals = forward(*arrays, state)
         parts = [(slice(None), residuals)]
@@ -211,8 +211,10 @@ def recurrence_step_vjp(q_t: Array, k_t: Array, v_t: Array, g_t: Array | None = 
     return (out, end), pullback
 
 
-def _compiled(xp: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _compiled(xp: Any, axes: Axes, rule: str, anything: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
     check_compiled(xp)
+    if not anything:                                                              # no positions, heads or features: nothing to loop over
+        return _forms(xp, axes, rule)
     from .compiled.launch import backward, forward
     return forward, backward
 

@@ -129,6 +129,19 @@ def test_attention_from_a_state_to_a_state(case: Any, seed: int) -> None:
         assert_within(x, y, bound, name)
 
 
+@pytest.mark.parametrize("shape", [(2, 0, 3), (0, 3), (0, 4, 3), (2, 4, 0)])
+@pytest.mark.parametrize("rule", RULES)
+def test_nothing_is_looped_over_where_nothing_is(rule: str, shape: tuple[int, ...]) -> None:
+    q, v, S = np.ones(shape), np.ones((*shape[:-1], 5)), np.ones((*shape[:-2], shape[-1], 5))
+    g, beta = (-np.ones(shape[:-1]) if name in RULES[rule] else None for name in ("g", "beta"))
+    both = [refattn.vjp(refattn.recurrence, q, q, v, g, beta, S, rule=rule, compiled=compiled) for compiled in (False, True)]
+    for x, y in zip(*((*outputs, *pullback(outputs[0], S)) for outputs, pullback in both), strict=True):
+        np.testing.assert_array_equal(x, y)
+    attend = [refattn.vjp(refattn.causal_linear_attention, q, q, v, compiled=compiled) for compiled in (False, True)]
+    for x, y in zip(*((outputs[0], *pullback(outputs[0])[:3]) for outputs, pullback in attend), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 def test_eight_threads_at_once_get_right_answers(rng: np.random.Generator) -> None:
     problems = [[rng.standard_normal((4, 200, 32)).astype(np.float32) for _ in range(3)] for _ in range(8)]
     alone = [refattn.recurrence(*x, compiled=True)[0] for x in problems]
