@@ -197,7 +197,7 @@ def _load(x: np.ndarray | None, rows: slice, C: int, S: np.ndarray) -> np.ndarra
 def _store(to: np.ndarray | None, rows: slice, x: np.ndarray) -> None:
     if to is not None:
         n = min(rows.stop, to.shape[2]) - rows.start
-        np.copyto(to[:, :, rows], x.reshape(*x.shape[:2], -1, x.shape[-1])[:, :, :n], casting="same_kind")
+        np.copyto(to[:, :, rows], x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], x.shape[4])[:, :, :n], casting="same_kind")
 
 
 # --- the array API: all chunks at once ----------------------------------------------------------------------------------------------------
