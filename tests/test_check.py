@@ -1,6 +1,7 @@
 """Laws of the checker: it finds every kernel that is wrong, and accuses none that is right."""
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import sys
@@ -14,7 +15,7 @@ import refattn
 import refattn.testing
 from refattn.__main__ import main
 from refattn.testing import check
-from refattn.testing.broken import BROKEN, RIGHT, Broken
+from refattn.testing.broken import BROKEN, RIGHT, Broken, named
 from refattn.testing.check import Report, check_kernel
 from refattn.testing.frameworks import MAKE, to_numpy
 from refattn.testing.kernel import PRESETS
@@ -61,6 +62,32 @@ def test_no_right_kernel_is_accused(rule: str, dtype: str) -> None:
         assert report.passed and 0 < report.worst <= 1, str(report)
         assert set(report.cases) >= {"definition, integers", "any strides", "gradients of real numbers"} and set(report.cases.values()) == {15}
         assert ({"in two parts", "padding"} <= set(report.cases)) == (rule in refattn.rules.RULES)
+
+
+@pytest.mark.parametrize("form", ["masked", "scan", "chunked", "step"])
+@pytest.mark.parametrize("rule", refattn.rules.RULES)
+def test_no_form_of_ours_is_accused(rule: str, form: str) -> None:
+    room = {"linear": "causal", "gated": "gated", "delta": "delta", "gated_delta": "delta"}[rule]
+    module = importlib.import_module(f"refattn.{room}")
+    own: Any = lambda six: (*six[:3], *(six[3:4] if room == "gated" else six[3:5] if room == "delta" else ()), six[5])
+
+    def fn(*arrays: np.ndarray) -> Any:
+        six = named(rule, arrays)
+        if form != "step":
+            return getattr(module, f"{room}_{form}_forward")(*own(six))[:2]
+        state, out = six[5], []
+        for t in range(six[0].shape[2]):
+            o, state = refattn.recurrence_step(*(None if x is None else x[:, :, t] for x in six[:5]), state, rule=rule)
+            out.append(o)
+        return np.stack(out, 2), state
+
+    def backward(dout: np.ndarray, dstate: np.ndarray, *arrays: np.ndarray) -> Any:
+        residuals = getattr(module, f"{room}_{form}_forward")(*own(named(rule, arrays)))[2]
+        return tuple(d for d in getattr(module, f"{room}_{form}_backward")(dout, dstate, residuals) if d is not None)
+
+    for decay in ("head", "channel") if "gated" in rule else ("head",):
+        report = check_kernel(fn, backward=None if form == "step" else backward, rule=rule, decay=decay, grouped=True, examples=8, seed=4)
+        assert report.passed and not report.untried, str(report)
 
 
 @pytest.mark.slow
