@@ -85,6 +85,12 @@ def share(positions: int, comm: Any = None) -> slice:
     return slice(positions * rank // size, positions * (rank + 1) // size)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """`mpiexec -n 4 python -m refattn distributed`; see `distributed_bench`."""
+    from .distributed_bench import main
+    return main(argv)
+
+
 # --- the functions -----------------------------------------------------------------------------------------------------------------------
 
 def recurrence(q: Array, k: Array, v: Array, g: Array | None = None, beta: Array | None = None, state: Array | None = None, *,
