@@ -221,4 +221,4 @@ def _sum(past: State | None, own: State) -> State:
 
 def _crc(x: np.ndarray, digest: int) -> int:
     from zlib import crc32
-    return crc32(memoryview(np.ascontiguousarray(x)).cast("B"), digest) if x.size else digest
+    return crc32(x.tobytes(), digest)
