@@ -144,8 +144,10 @@ def recurrence(q: Array, k: Array, v: Array, g: Array | None = None, beta: Array
     >>> from refattn import distributed
     >>> x = np.ones((2, 1))                                                       # two positions on each rank
     >>> out, state = distributed.recurrence(x, x, x)                              # doctest: +SKIP
-    >>> out.ravel()                                                               # on rank 3; doctest: +SKIP
+    >>> out.ravel()                                                               # doctest: +SKIP
     array([7., 8.])
+
+    on rank 3.
     """
     return recurrence_vjp(q, k, v, g, beta, state, rule=rule, scale=scale, comm=comm)[0]
 

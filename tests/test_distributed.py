@@ -30,7 +30,7 @@ from refattn.testing.strategies import cases, rule_cases
 
 DTYPES = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
 RULES = ("linear", "gated", "delta", "gated_delta")
-HERE, SEED = Path(__file__).parent, 2020
+HERE, SEED, SECONDS = Path(__file__).parent, 2020, 240
 seeds = st.integers(0, 2**32 - 1)
 each_rule = pytest.mark.parametrize("rule", RULES)
 
@@ -114,12 +114,12 @@ def mpi():
 
 
 def on_ranks(size, *command, folder, check=True):
-    """The command on so many ranks, more than there are cores if need be, and as whoever runs the tests."""
+    """The command on so many ranks, more than there are cores if need be, and as whoever runs the tests; ranks that wait for ever are ended."""
     allow = {f"{who}_ALLOW_RUN_AS_ROOT{confirm}": "1" for who in ("OMPI", "PRTE") for confirm in ("", "_CONFIRM")}
     environment = os.environ | allow | {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "OMPI_MCA_mpi_yield_when_idle": "1",
-                                        "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+                                        "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), "MPIEXEC_TIMEOUT": str(SECONDS)}
     done = subprocess.run([mpi(), "-n", str(size), sys.executable, "-W", "error", *map(str, command)], env=environment, capture_output=True,
-                          text=True, timeout=300, cwd=folder)
+                          text=True, timeout=SECONDS + 60, cwd=folder)
     assert done.returncode == 0 or not check, done.stdout + done.stderr
     return done
 

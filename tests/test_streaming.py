@@ -80,6 +80,8 @@ def errors(tokens, block, compensated, marks):
             weighed = np.bincount(tokens[:stream.position], minlength=256)[:, None] * phi
             exact, size = weighed.mT @ ones, weighed.mT @ np.abs(ones)
             state = [x.astype(float) + (0 if r is None else r) for x, r in zip(stream.state, stream.rest or (None, None), strict=True)]
+            judged = np.concatenate([stream.exact.S, stream.exact.z[..., None]], -1)
+            assert (np.abs(judged - exact) <= gamma(2 * len(tokens), np.float64) * size).all(), "the state in float64 is not"
             found[stream.position] = float((np.abs(np.concatenate([state[0], state[1][..., None]], -1) - exact) / size).max())
     return found
 
