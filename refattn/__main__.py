@@ -1,4 +1,4 @@
-"""`python -m refattn demo`, `bench`, `check` and `simt`: the programs of the library. Each is imported only when it is asked for."""
+"""`python -m refattn demo`, `bench`, `check`, `distributed` and `simt`: the programs of the library. Each is imported only when it is asked for."""
 from __future__ import annotations
 
 import argparse
@@ -10,6 +10,7 @@ COMMANDS = {
     "demo": "train a causal linear transformer on handwritten digits, let it draw, and time it",
     "bench": "time and memory of every form against the length of the sequence",
     "check": "hold a kernel of your own, from any library, against the definition, and be shown the smallest case in which it differs",
+    "distributed": "under mpiexec: cut a sequence over ranks, check it, time it, and tell what a cluster would take",
     "simt": "run a CUDA kernel of your own on the CPU, and be shown its races, bad accesses and traffic",
 }
 

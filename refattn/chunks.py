@@ -240,6 +240,36 @@ def _rows(y: Array, x: Array, N: int, xp: Any, width: int | None = None) -> Arra
     return like(xp.reshape(y, (*y.shape[:-3], y.shape[-3] * y.shape[-2], y.shape[-1]))[..., :N, :], x, xp, width)
 
 
+# --- the last state alone ------------------------------------------------------------------------------------------------------------
+
+def last_state(over: Callable[..., Array], k: Array, arrays: Sequence[Array | None], S: Array, *, reverse: bool = False) -> Array:
+    """S (..., H, D, W), in the accumulator dtype, after over(xp, states, S, *chunks) -> S on all positions, without outputs: a block of
+    chunks at a time for NumPy arrays, all at once for others. With `reverse` from the last position to the first.
+
+    `arrays`: (..., G·H, N, ·) or (..., H, N), of one N; the first has the most heads. None stays None.
+
+    >>> one = np.ones((3, 1))
+    >>> last_state(lambda xp, states, S, K, V: S + (transposed(K) @ V).sum(-3), one, (one, 2 * one), np.zeros((1, 1)))
+    array([[6.]])
+    """
+    if not isinstance(k, np.ndarray):
+        xp = namespace(k=k)
+        K = widen(k)[..., None, :, :]
+        chunks = [None if x is None else in_chunks(grouped(x if x.ndim == k.ndim else x[..., None], K, xp), *_cut(k, CHUNK), xp)
+                  for x in arrays]
+        return over(xp, states_by_doubling, S[..., None, :, :], *chunks)[..., 0, :, :]
+    end = S.copy()
+
+    def work(S: Any, *inputs: Any) -> None:
+        first = inputs[0]
+        for rows in blocks(first.shape[2], _rows_at_once(first, first, CHUNK, S), reverse):
+            S[:, None] = over(np, states_one_by_one, S[:, None], *(_load(x, rows, CHUNK, S) for x in inputs))
+
+    first, *rest = _views(k, *arrays)
+    each_stack(lambda first, S, *rest: work(S, first, *rest), end, CHUNK, first, end, *rest)
+    return end
+
+
 # --- small things -------------------------------------------------------------------------------------------------------------------------
 
 def check_chunk(chunk: int) -> int:

@@ -76,7 +76,7 @@ def rules_budget(q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any, dout: An
     for at in np.ndindex(K.shape[:-2]):
         queries = (*at[:-1], slice(at[-1] * groups, (at[-1] + 1) * groups)) if at else (None,)         # G axes first, for a matrix too
         errors, bars = _head(Q[queries], K[at], V[at], None if g is None else _f64(g[at]), None if beta is None else _f64(beta[at]), S[at],
-                             abs(scale) * dO[queries], R[at], abs(scale), chunk or max(N, 1), float(np.finfo(acc).tiny))
+                             scale * dO[queries], R[at], abs(scale), chunk or max(N, 1), float(np.finfo(acc).tiny))
         for name, to, error, bar in zip(RulesBudget._fields, bounds, errors, bars, strict=True):
             if to is not None:
                 head = to[queries if name in ("out", "dq") else at]
