@@ -541,7 +541,8 @@ def _attend(causal: bool, q: Array, k: Array, v: Array, start: Array, phi: Featu
     if compiled:
         check_compiled(xp)
     if compiled and causal and q.size and v.size:
-        return _attend_compiled(q, k, v, start, phi, eps, nq, nk)
+        from .compiled.launch import attend
+        return attend(q, k, v, start, phi, eps, nq, nk)
     if xp is np:
         product = running_product if causal else full_product
         chunk = {} if causal else {"chunk": 8 * CHUNK}                                                 # nothing there is quadratic in it
@@ -581,25 +582,6 @@ def _attend_with_kernels(q: Array, k: Array, v: Array, start: Array, phi: Featur
         return cast(dq, q.dtype), cast(dk, k.dtype), cast(dv, v.dtype), xp.concat([dS, dz[..., None]], axis=-1)
 
     return cast(out, v.dtype), xp.concat([S, z[..., None]], axis=-1), backward
-
-
-def _attend_compiled(q: np.ndarray, k: np.ndarray, v: np.ndarray, start: np.ndarray, phi: FeatureMap, eps: float, nq: Any,
-                     nk: Any) -> tuple[np.ndarray, np.ndarray, Callable[[np.ndarray | None, np.ndarray | None], Any]]:
-    """`_attend` by Numba's loops. elu1 is worked out in them; other maps before."""
-    from .compiled.launch import attention_backward, attention_forward
-    elu, acc = phi is FEATURE_MAPS["elu1"], accumulator(v.dtype)
-    wide = [_keep(cast(x, acc), _real(n, x, np), np) for x, n in ((q, nq), (k, nk))] if not elu else []
-    fq, fk = (q, k) if elu else (_keep(phi.forward(x), _real(n, x, np), np) for x, n in zip(wide, (nq, nk), strict=True))
-    out, end, inverse = attention_forward(fq, fk, v, start, elu, eps, nq, nk)
-
-    def backward(dout: np.ndarray | None, dend: np.ndarray | None) -> tuple[np.ndarray, ...]:
-        do = np.zeros_like(out) if dout is None else dout
-        dq, dk, dv, dstart = attention_backward(do, dend, fq, fk, v, start, out, inverse, elu, nq, nk)
-        if not elu:
-            dq, dk = (cast(_keep(phi.backward(d, x), _real(n, x, np), np), q.dtype) for d, x, n in zip((dq, dk), wide, (nq, nk), strict=True))
-        return dq, dk, dv, dstart
-
-    return out, end, backward
 
 
 _FUSED = {FEATURE_MAPS["identity"]: 0, FEATURE_MAPS["elu1"]: 1}

@@ -34,7 +34,8 @@ def test_every_wrong_kernel_is_found(name: str) -> None:
 
 @pytest.mark.parametrize(("law", "name"), [
     ("no future in the past", "sees_the_next"), ("sequences and heads apart", "heads_chained"), ("in two parts", "state_without_the_rest"),
-    ("in two parts", "short_without_state"), ("gradients of real numbers", "dq_without_scale"), ("gradients of real numbers", "dg_shifted")])
+    ("in two parts", "short_without_state"), ("padding", "state_without_the_rest"),
+    ("gradients of real numbers", "dq_without_scale"), ("gradients of real numbers", "dg_shifted")])
 def test_the_laws_that_stand_behind_the_definition_fail_by_themselves_too(law: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     laws = check.laws
     monkeypatch.setattr(check, "laws", lambda kernel: (x for x in laws(kernel) if x[0] == law))

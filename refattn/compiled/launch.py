@@ -26,8 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from .._array import accumulator
+from .._array import accumulator, cast
 from .._blocks import _pool, cores
+from ..attention import _keep, _real
+from ..features import FEATURE_MAPS, FeatureMap
 
 Residuals = tuple[Any, ...]
 WORTH_THREADS = 1 << 14     # numbers in q
@@ -165,6 +167,24 @@ def backward(dout: np.ndarray, dstate: np.ndarray | None, residuals: Residuals) 
     return dq, dk, dv, dg, dbeta, dstart
 
 
+def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, start: np.ndarray, phi: FeatureMap, eps: float, nq: Any,
+           nk: Any) -> tuple[np.ndarray, np.ndarray, Callable[[np.ndarray | None, np.ndarray | None], Any]]:
+    """(out, [S | z], backward) of causal linear attention. elu1 is worked out in the loops; other maps before."""
+    elu, acc = phi is FEATURE_MAPS["elu1"], accumulator(v.dtype)
+    wide = [_keep(cast(x, acc), _real(n, x, np), np) for x, n in ((q, nq), (k, nk))] if not elu else []
+    fq, fk = (q, k) if elu else (_keep(phi.forward(x), _real(n, x, np), np) for x, n in zip(wide, (nq, nk), strict=True))
+    out, end, inverse = attention_forward(fq, fk, v, start, elu, eps, nq, nk)
+
+    def backward(dout: np.ndarray | None, dend: np.ndarray | None) -> tuple[np.ndarray, ...]:
+        do = np.zeros_like(out) if dout is None else dout
+        dq, dk, dv, dstart = attention_backward(do, dend, fq, fk, v, start, out, inverse, elu, nq, nk)
+        if not elu:
+            dq, dk = (cast(_keep(phi.backward(d, x), _real(n, x, np), np), q.dtype) for d, x, n in zip((dq, dk), wide, (nq, nk), strict=True))
+        return dq, dk, dv, dstart
+
+    return out, end, backward
+
+
 def attention_forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, start: np.ndarray, elu: bool, eps: float, nq: np.ndarray | None,
                       nk: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """out, [S | z] behind the last position, and 1 / (den + ε), (..., G·H, N), of causal linear attention; φ = elu + 1 or what q and k have behind
@@ -182,7 +202,7 @@ def attention_forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, start: np.nda
             _put(out, query, O)
             if i == 0:
                 if keys > n:                                                         # keys that no query sees are in the state all the same
-                    F = _mapped(K[n:keys], elu)
+                    F = FEATURE_MAPS["elu1"].forward(K[n:keys]) if elu else K[n:keys]
                     S += F.T @ V[n:keys]
                     z += F.sum(0)
                 end[at][:, :-1], end[at][:, -1] = S, z[0]
@@ -239,10 +259,6 @@ def attention_backward(dout: np.ndarray, dend: np.ndarray | None, q: np.ndarray,
 
     _over_heads(head, q, k)
     return dq, dk, dv, dstart
-
-
-def _mapped(x: np.ndarray, elu: bool) -> np.ndarray:
-    return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0))) if elu else x
 
 
 def _flag(chosen: bool, acc: Any) -> Any:

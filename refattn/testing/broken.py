@@ -12,6 +12,7 @@ import numpy as np
 
 from .._vjp import vjp
 from ..attention import linear_attention
+from ..oracle import eq7
 from ..rules import RULES, recurrence
 from ..softmax import softmax_attention
 
@@ -203,10 +204,6 @@ def _one_of_a_group(right: Any, dout: Any, dstate: Any, *six: Any) -> Arrays:
     return (gradients[0], only[1], *gradients[2:])
 
 
-def _phi(x: Any) -> Any:
-    return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
-
-
 def _seen(q: Any, k: Any, causal: bool) -> Any:
     return np.tri(q.shape[2], k.shape[2], dtype=bool) if causal else np.ones((q.shape[2], k.shape[2]), bool)
 
@@ -220,7 +217,7 @@ def _softmax(q: Any, k: Any, v: Any, *, causal: bool = True, scale: float = 1.0,
         return ((P / P.sum(axis, keepdims=True)) @ v).astype(q.dtype)
 
 
-def _linear(q: Any, k: Any, v: Any, *, causal: bool = True, phi: Callable[..., Any] = _phi,
+def _linear(q: Any, k: Any, v: Any, *, causal: bool = True, phi: Callable[..., Any] = eq7,
             total: Callable[..., Any] = lambda A: A.sum(-1, keepdims=True), eps: float = 1e-6) -> Any:
     """The same of linear attention."""
     A = np.where(_seen(q, k, causal), phi(q) @ phi(k).mT, 0)
@@ -244,11 +241,11 @@ def _softmax_backward(change: Callable[..., Any]) -> tuple[dict[str, Any], Calla
 def _linear_backward(weight: Callable[..., Any]) -> tuple[dict[str, Any], Callable[..., Any], Callable[..., Any]]:
     """A right forward, and gradients with `weight(do·v, do·out, 1 / den)` for what each pair's similarity gets."""
     def gradients(dout: Any, q: Any, k: Any, v: Any) -> Arrays:
-        A = np.where(_seen(q, k, True), _phi(q) @ _phi(k).mT, 0)
+        A = np.where(_seen(q, k, True), eq7(q) @ eq7(k).mT, 0)
         inverse = 1 / (A.sum(-1, keepdims=True) + 1e-6)
         out = A @ v * inverse
         dA = np.where(_seen(q, k, True), weight(dout @ v.mT, (dout * out).sum(-1, keepdims=True), inverse), 0)
-        dq, dk = (dA @ _phi(k) * np.exp(np.minimum(q, 0)), dA.mT @ _phi(q) * np.exp(np.minimum(k, 0)))
+        dq, dk = (dA @ eq7(k) * np.exp(np.minimum(q, 0)), dA.mT @ eq7(q) * np.exp(np.minimum(k, 0)))
         return dq.astype(q.dtype), dk.astype(q.dtype), (A.mT @ (dout * inverse)).astype(q.dtype)
 
     return {"rule": "linear_attention"}, lambda *qkv: linear_attention(*qkv, causal=True), gradients
@@ -398,7 +395,7 @@ BROKEN: dict[str, Broken] = {
     "softmax_dx_of_another_row": Broken("do·out is taken from the row before", *_softmax_backward(lambda P, dP, D: P * (dP - np.roll(D, 1, 2)))),
     # linear attention with its normaliser
     "linear_sums_all_keys": Broken("the normaliser sums over all keys, not those up to the position", {"rule": "linear_attention"},
-                                   lambda q, k, v: _linear(q, k, v, total=lambda A: (_phi(q) @ _phi(k).mT).sum(-1, keepdims=True))),
+                                   lambda q, k, v: _linear(q, k, v, total=lambda A: (eq7(q) @ eq7(k).mT).sum(-1, keepdims=True))),
     "linear_elu_alone": Broken("φ = elu, without the one", {"rule": "linear_attention"}, lambda *qkv: _linear(
         *qkv, phi=lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0))))),
     "linear_unnormalised": Broken("no division", {"rule": "linear_attention"}, lambda *qkv: _linear(

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from .._array import accumulator
+from ..oracle import eq7
 from . import strategies
 from .budgets import attention_budget, recurrence_budget, rounding, unit_roundoff
 from .kernel import ATTENTIONS, LAYOUTS, Case, Kernel, call, call_backward, definition, given_arrays, gradients, input_names, read_result, scale_of
 from .loop_budget import loop_budget
 from .rules_budget import rules_budget
-from .softmax_budget import softmax_backward_budget, softmax_forward_budget
+from .softmax_budget import _exact, softmax_backward_budget, softmax_forward_budget
 
 Law = Callable[[Kernel, Case, list[float]], "str | None"]
 WITHOUT_THE_DEFINITION = ("untouched inputs", "same bits twice", "gradients of integers")       # what may still be told where outputs are wrong
@@ -267,7 +268,7 @@ def _budget(kernel: Kernel, case: Case, dtype: np.dtype, chunk: int | None) -> d
     dstate = case.dstate if kernel.states else np.zeros(case.dstate.shape)
     if kernel.rule == "linear_attention":
         none = np.zeros(case.dstate.shape)
-        b: Any = attention_budget(q, k, v, none, none[..., 0], case.dout, none, none[..., 0], phi=_phi, dphi=_dphi, causal=kernel.causal,
+        b: Any = attention_budget(q, k, v, none, none[..., 0], case.dout, none, none[..., 0], phi=eq7, dphi=_dphi, causal=kernel.causal,
                                   eps=kernel.eps, dtype=dtype)
     elif kernel.rule == "linear":
         b = recurrence_budget(q, k, v, _state(case), case.dout, dstate, scale=scale_of(kernel, case), dtype=dtype)
@@ -279,10 +280,6 @@ def _budget(kernel: Kernel, case: Case, dtype: np.dtype, chunk: int | None) -> d
 
 def _state(case: Case) -> np.ndarray:
     return np.zeros(case.dstate.shape) if case.state is None else case.state
-
-
-def _phi(x: np.ndarray) -> np.ndarray:
-    return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
 
 
 def _dphi(x: np.ndarray) -> np.ndarray:
@@ -313,7 +310,6 @@ def _rounded_weights(kernel: Kernel, case: Case) -> tuple[Any, ...]:
     are multiplied: two roundings of each term, three in the backward, whose own out is one of a rounded P."""
     if not kernel.rounds:
         return 0.0, 0.0, 0.0, 0.0
-    from .softmax_budget import _exact
     u, tiny = unit_roundoff(kernel.dtype), float(rounding(0.0, kernel.dtype))     # the latter for factors that underflow
     x = _exact(case.q, case.k, case.v, kernel.causal, scale_of(kernel, case), None, None, 1)
     dO: Any = np.abs(case.dout.astype(np.float64)).reshape(x.out.shape)
