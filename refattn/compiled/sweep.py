@@ -150,6 +150,13 @@ def ask_for(x: Any, step: int, width: int, start: int, stop: int) -> None:
 
 
 @njit(**options)
+def share_of(columns: int, W: int) -> int:
+    """Rows to ask for beside each block, so that a tile's blocks ask for a tile."""
+    blocks = TILE // 4 * (columns // (2 * W))
+    return (TILE + blocks - 1) // blocks
+
+
+@njit(**options)
 def of_gate(g: Any, one: Any) -> Any:
     """(head, channel) for decays g (N,), (N, D) or None."""
     if g is None:
@@ -179,7 +186,7 @@ def forward(q: Any, k: Any, v: Any, g: Any, h: Any, beta: Any, S: Any, out: Any,
     padded(S, 0, D, T, D, columns)
     at_q, at_k, at_v, at_out, size = row(q, 0), row(k, 0), row(v, 0), row(out, 0), S.itemsize
     step_q, step_k, step_v, step_out = q.strides[0] // size, k.strides[0] // size, v.strides[0] // size, out.strides[0] // size
-    per_call = (TILE + TILE // 4 * (columns // (2 * W)) - 1) // (TILE // 4 * (columns // (2 * W)))
+    per_call = share_of(columns, W)
     for start in range(0, N, TILE):
         stop, ahead = min(start + TILE, N), start + TILE
         padded(q, start, stop, Q, TILE, width)
@@ -257,7 +264,7 @@ def attention(q: Any, k: Any, v: Any, S: Any, z: Any, out: Any, inverse: Any, ep
     padded(z, 0, 1, Z, 1, width)
     at_q, at_k, at_v, at_out, size = row(q, 0), row(k, 0), row(v, 0), row(out, 0), S.itemsize
     step_q, step_k, step_v, step_out = q.strides[0] // size, k.strides[0] // size, v.strides[0] // size, out.strides[0] // size
-    per_call = (TILE + TILE // 4 * (columns // (2 * W)) - 1) // (TILE // 4 * (columns // (2 * W)))
+    per_call = share_of(columns, W)
     for start in range(0, N, TILE):
         stop, ahead = min(start + TILE, N), start + TILE
         padded(q, start, stop, Q, TILE, width)
@@ -348,7 +355,6 @@ def block(Q: Any, R: Any, K: Any, V: Any, O: Any, S: Any, D: int, width: int, M:
     W, s = lanes(S), S
     q0, q1, q2, q3 = Q, plus(Q, width), plus(Q, 2 * width), plus(Q, 3 * width)
     k0, k1, k2, k3 = K, plus(K, width), plus(K, 2 * width), plus(K, 3 * width)
-    b0, b1, b2, b3 = b[0], b[1], b[2], b[3]
     u0, u1, u2, u3 = load(V, c), load(V, M + c), load(V, 2 * M + c), load(V, 3 * M + c)
     w0, w1, w2, w3 = load(V, c + W), load(V, M + c + W), load(V, 2 * M + c + W), load(V, 3 * M + c + W)
     if delta is not None:                                                            # less what the state knows, and what the four have written
@@ -356,20 +362,9 @@ def block(Q: Any, R: Any, K: Any, V: Any, O: Any, S: Any, D: int, width: int, M:
         o0 = o1 = o2 = o3 = p0 = p1 = p2 = p3 = zeros(s)
         for d in range(D):
             x, y = load(s, d * M + c), load(s, d * M + c + W)
-            o0, p0 = fma(r0[d], x, o0), fma(r0[d], y, p0)
-            o1, p1 = fma(r1[d], x, o1), fma(r1[d], y, p1)
-            o2, p2 = fma(r2[d], x, o2), fma(r2[d], y, p2)
-            o3, p3 = fma(r3[d], x, o3), fma(r3[d], y, p3)
-        m, h0, h1, h2, h3 = B, step[0], step[1], step[2], step[3]
-        o0, p0 = fma(-b0, o0, u0), fma(-b0, p0, w0)
-        u0, w0 = mul(h0, o0), mul(h0, p0)
-        o1, p1 = fma(-m[1], u0, fma(-b1, o1, u1)), fma(-m[1], w0, fma(-b1, p1, w1))
-        u1, w1 = mul(h1, o1), mul(h1, p1)
-        o2, p2 = fma(-m[3], u0, fma(-m[4], u1, fma(-b2, o2, u2))), fma(-m[3], w0, fma(-m[4], w1, fma(-b2, p2, w2)))
-        u2, w2 = mul(h2, o2), mul(h2, p2)
-        o3 = fma(-m[6], u0, fma(-m[7], u1, fma(-m[8], u2, fma(-b3, o3, u3))))
-        p3 = fma(-m[6], w0, fma(-m[7], w1, fma(-m[8], w2, fma(-b3, p3, w3))))
-        u3, w3 = mul(h3, o3), mul(h3, p3)
+            o0, o1, o2, o3, p0, p1, p2, p3 = read(r0[d], r1[d], r2[d], r3[d], x, y, o0, o1, o2, o3, p0, p1, p2, p3)
+        o0, o1, o2, o3, u0, u1, u2, u3 = substituted(o0, o1, o2, o3, u0, u1, u2, u3, b, B, step)
+        p0, p1, p2, p3, w0, w1, w2, w3 = substituted(p0, p1, p2, p3, w0, w1, w2, w3, b, B, step)
         put(V, M, c, o0, o1, o2, o3)
         put(V, M, c + W, p0, p1, p2, p3)
     f0, f1, f2, f3, t0, t1, t2, t3 = u0, u1, u2, u3, w0, w1, w2, w3                    # e ⊙ u
@@ -386,12 +381,9 @@ def block(Q: Any, R: Any, K: Any, V: Any, O: Any, S: Any, D: int, width: int, M:
     o0 = o1 = o2 = o3 = p0 = p1 = p2 = p3 = zeros(s)
     for d in range(D):
         x, y = load(s, d * M + c), load(s, d * M + c + W)
-        o0, p0 = fma(q0[d], x, o0), fma(q0[d], y, p0)
-        o1, p1 = fma(q1[d], x, o1), fma(q1[d], y, p1)
-        o2, p2 = fma(q2[d], x, o2), fma(q2[d], y, p2)
-        o3, p3 = fma(q3[d], x, o3), fma(q3[d], y, p3)
+        o0, o1, o2, o3, p0, p1, p2, p3 = read(q0[d], q1[d], q2[d], q3[d], x, y, o0, o1, o2, o3, p0, p1, p2, p3)
         if head is not None:
-            x, y = mul(b3, x), mul(b3, y)
+            x, y = mul(b[3], x), mul(b[3], y)
         if channel is not None:
             x, y = mul(whole[d], x), mul(whole[d], y)
         if column is not None:
@@ -402,19 +394,41 @@ def block(Q: Any, R: Any, K: Any, V: Any, O: Any, S: Any, D: int, width: int, M:
         x, y = fma(k3[d], f3, x), fma(k3[d], t3, y)
         store(s, d * M + c, x)
         store(s, d * M + c + W, y)
-    m = A
     if column is None:
-        o0, p0 = fma(m[0], u0, mul(scale * b0, o0)), fma(m[0], w0, mul(scale * b0, p0))
-        o1, p1 = fma(m[1], u0, fma(m[2], u1, mul(scale * b1, o1))), fma(m[1], w0, fma(m[2], w1, mul(scale * b1, p1)))
-        o2 = fma(m[3], u0, fma(m[4], u1, fma(m[5], u2, mul(scale * b2, o2))))
-        p2 = fma(m[3], w0, fma(m[4], w1, fma(m[5], w2, mul(scale * b2, p2))))
-        o3 = fma(m[6], u0, fma(m[7], u1, fma(m[8], u2, fma(m[9], u3, mul(scale * b3, o3)))))
-        p3 = fma(m[6], w0, fma(m[7], w1, fma(m[8], w2, fma(m[9], w3, mul(scale * b3, p3)))))
+        o0, o1, o2, o3 = inside(o0, o1, o2, o3, u0, u1, u2, u3, b, A, scale)
+        p0, p1, p2, p3 = inside(p0, p1, p2, p3, w0, w1, w2, w3, b, A, scale)
     else:
-        o0, o1, o2, o3 = faded(o0, o1, o2, o3, u0, u1, u2, u3, load(a0, c), load(a1, c), load(a2, c), load(a3, c), m, scale)
-        p0, p1, p2, p3 = faded(p0, p1, p2, p3, w0, w1, w2, w3, load(a0, c + W), load(a1, c + W), load(a2, c + W), load(a3, c + W), m, scale)
+        o0, o1, o2, o3 = faded(o0, o1, o2, o3, u0, u1, u2, u3, load(a0, c), load(a1, c), load(a2, c), load(a3, c), A, scale)
+        p0, p1, p2, p3 = faded(p0, p1, p2, p3, w0, w1, w2, w3, load(a0, c + W), load(a1, c + W), load(a2, c + W), load(a3, c + W), A, scale)
     put(O, M, c, o0, o1, o2, o3)
     put(O, M, c + W, p0, p1, p2, p3)
+
+
+@njit(**options)
+def read(q0: Any, q1: Any, q2: Any, q3: Any, x: Any, y: Any, o0: Any, o1: Any, o2: Any, o3: Any, p0: Any, p1: Any, p2: Any, p3: Any) -> Any:
+    """What four queries read in one row of S, two vectors of it, added to o and p."""
+    return (fma(q0, x, o0), fma(q1, x, o1), fma(q2, x, o2), fma(q3, x, o3), fma(q0, y, p0), fma(q1, y, p1), fma(q2, y, p2), fma(q3, y, p3))
+
+
+@njit(**options)
+def substituted(r0: Any, r1: Any, r2: Any, r3: Any, v0: Any, v1: Any, v2: Any, v3: Any, b: Any, B: Any, step: Any) -> Any:
+    """x_i = v_i - b_i r_i - Σ_{j<i} B_ij u_j, then u_i = β_i x_i."""
+    x0 = fma(-b[0], r0, v0)
+    u0 = mul(step[0], x0)
+    x1 = fma(-B[1], u0, fma(-b[1], r1, v1))
+    u1 = mul(step[1], x1)
+    x2 = fma(-B[3], u0, fma(-B[4], u1, fma(-b[2], r2, v2)))
+    u2 = mul(step[2], x2)
+    x3 = fma(-B[6], u0, fma(-B[7], u1, fma(-B[8], u2, fma(-b[3], r3, v3))))
+    return x0, x1, x2, x3, u0, u1, u2, mul(step[3], x3)
+
+
+@njit(**options)
+def inside(o0: Any, o1: Any, o2: Any, o3: Any, u0: Any, u1: Any, u2: Any, u3: Any, b: Any, A: Any, scale: Any) -> Any:
+    """scale · b_i o_i + Σ_{j≤i} A_ij u_j."""
+    return (fma(A[0], u0, mul(scale * b[0], o0)), fma(A[1], u0, fma(A[2], u1, mul(scale * b[1], o1))),
+            fma(A[3], u0, fma(A[4], u1, fma(A[5], u2, mul(scale * b[2], o2)))),
+            fma(A[6], u0, fma(A[7], u1, fma(A[8], u2, fma(A[9], u3, mul(scale * b[3], o3))))))
 
 
 @njit(**options)
