@@ -1,6 +1,6 @@
 """Linear attention as the paper defines it: the feature map φ and the normaliser around a bare product.
 
-    V'_i = φ(q_i)ᵀ S_i / (φ(q_i)ᵀ z_i + ε)      S_i = Σ_{j≤i} φ(k_j) v_jᵀ      z_i = Σ_{j≤i} φ(k_j)         (eq. 12; all j: eq. 5)
+    V'_i = φ(q_i)ᵀ S_i / (φ(q_i)ᵀ z_i + ε)      S_i = Σ_{j≤i} φ(k_j) v_jᵀ      z_i = Σ_{j≤i} φ(k_j)         eq. (12); all j: eq. (5)
 
 **Numerator and denominator are one product.** A column of ones beside V gives [S | z] as one state and [num | den] as one output:
 
@@ -36,7 +36,7 @@ Pullback = Callable[..., tuple[Any, ...]]
 
 
 class State(NamedTuple):
-    """What the past leaves behind: S (..., H, F, M) = Σ φ(k_j) v_jᵀ (eq. 10) and z (..., H, F) = Σ φ(k_j) (eq. 11).
+    """What the past leaves behind: S (..., H, F, M) = Σ φ(k_j) v_jᵀ (eq. (10)) and z (..., H, F) = Σ φ(k_j) (eq. (11)).
 
     In the accumulator dtype: float32 for float16 and bfloat16 inputs."""
 
@@ -48,7 +48,7 @@ class State(NamedTuple):
 
 def linear_attention(q: Array, k: Array, v: Array, *, feature_map: Any = "elu1", causal: bool = False, eps: float = 1e-6,
                      query_lengths: Any = None, key_lengths: Any = None, compiled: bool = False) -> Array:
-    """Linear attention: V'_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / (φ(q_i)ᵀ Σ_j φ(k_j) + ε), eq. 5 of the paper; `causal`: j ≤ i, eq. 9.
+    """Linear attention: V'_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / (φ(q_i)ᵀ Σ_j φ(k_j) + ε), eq. (4), (5); `causal`: j ≤ i, eq. (8), (9).
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ def linear_attention_vjp(q: Array, k: Array, v: Array, *, feature_map: Any = "el
 
 def causal_linear_attention(q: Array, k: Array, v: Array, state: State | None = None, *, feature_map: Any = "elu1", eps: float = 1e-6,
                             compiled: bool = False) -> tuple[Array, State]:
-    """Causal linear attention that starts from a state and returns the next one: prefill, streaming, the RNN view (eq. 8-12, 16-20).
+    """Causal linear attention that starts from a state and returns the next one: prefill, streaming, the RNN view. Eq. (8) to (12).
 
     Parameters
     ----------
@@ -163,7 +163,7 @@ def causal_linear_attention_vjp(q: Array, k: Array, v: Array, state: State | Non
 
 def causal_linear_attention_step(q_t: Array, k_t: Array, v_t: Array, state: State | None = None, *, feature_map: Any = "elu1",
                                  eps: float = 1e-6) -> tuple[Array, State]:
-    """One position of `causal_linear_attention`: S ← S + φ(k) vᵀ, z ← z + φ(k), out = Sᵀφ(q) / (zᵀφ(q) + ε) (eq. 18-20).
+    """One position of `causal_linear_attention`: S ← S + φ(k) vᵀ, z ← z + φ(k), out = Sᵀφ(q) / (zᵀφ(q) + ε). Eq. (16) to (19).
 
     Parameters
     ----------
@@ -235,7 +235,7 @@ def causal_linear_attention_step_vjp(q_t: Array, k_t: Array, v_t: Array, state: 
 
 
 def linear_attention_state(k: Array, v: Array, *, feature_map: Any = "elu1", key_lengths: Any = None) -> State:
-    """What `linear_attention` keeps of all keys and values: S = Σ_j φ(k_j) v_jᵀ and z = Σ_j φ(k_j), the sums in eq. 5 and 6.
+    """What `linear_attention` keeps of all keys and values: S = Σ_j φ(k_j) v_jᵀ and z = Σ_j φ(k_j), the sums in eq. (5).
 
     Parameters
     ----------
@@ -260,7 +260,7 @@ def linear_attention_state(k: Array, v: Array, *, feature_map: Any = "elu1", key
 
 
 def linear_attention_read(q: Array, state: State, *, feature_map: Any = "elu1", eps: float = 1e-6) -> Array:
-    """The second half of `linear_attention`: V'_i = φ(q_i)ᵀ S / (φ(q_i)ᵀ z + ε), eq. 5 with its sums given.
+    """The second half of `linear_attention`: V'_i = φ(q_i)ᵀ S / (φ(q_i)ᵀ z + ε), eq. (5) with its sums given.
 
     Parameters
     ----------

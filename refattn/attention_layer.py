@@ -1,6 +1,6 @@
 """Attention as a layer of a model: projections into heads, attention in each of them, and back; its transpose, and its recurrent twin.
 
-    self-attention     y = merge(attend(split(x W_q), split(x W_k), split(x W_v))) W_out        (eq. 2-12 of the paper, per head)
+    self-attention     y = merge(attend(split(x W_q), split(x W_k), split(x W_v))) W_out        eq. (2) to (12) of the paper, per head
     cross attention    y = merge(attend(split(x W_q), split(m W_k), split(m W_v))) W_out        m a memory, of a length and a width of its own
 
 Each W with its bias. Attention is "linear", "softmax" or "lsh-R", the Reformer's with R rounds of hashing, whose queries are its keys, so that
@@ -59,7 +59,7 @@ def attention_forward(params: Params, name: str, x: Array, *, heads: int, attent
     """Multi-head self-attention.
 
         q, k, v = split(x W_q + b_q), split(x W_k + b_k), split(x W_v + b_v)        split: (..., N, E) → (..., H, N, D), D = E/H
-        y = merge(attend(q, k, v)) W_out + b_out                                    eq. 2 or eq. 5, 9 of the paper, per head
+        y = merge(attend(q, k, v)) W_out + b_out                                    eq. (2) or eq. (5), (9) of the paper, per head
 
     LSH attention has no W_k: q is x of `refattn.lsh`. The projections are one product with the weights side by side, and so is each product
     of the backward.
@@ -225,7 +225,7 @@ def attention_init(lead: tuple[int, ...], width: int, dtype: Any = np.float32, *
 
 def attention_step(params: Params, name: str, x_t: Array, state: Any = None, *, heads: int, attention: str = "linear",
                    feature_map: str = "elu1") -> tuple[Array, Any]:
-    """One position of causal attention (eq. 16-20 of the paper for linear attention): the recurrent twin of `attention_forward`.
+    """One position of causal attention (eq. (16) to (19) of the paper for linear attention): the recurrent twin of `attention_forward`.
 
     Parameters
     ----------
@@ -265,7 +265,7 @@ def cross_attention_forward(params: Params, name: str, x: Array, memory: Array, 
     """Multi-head attention of every position to all of a memory, for example what an encoder made of another sequence.
 
         q = split(x W_q + b_q)        k, v = split(m W_k + b_k), split(m W_v + b_v)        split: (..., N, E) → (..., H, N, D), D = E/H
-        y = merge(attend(q, k, v)) W_out + b_out                                           eq. 2 or eq. 5 of the paper, per head
+        y = merge(attend(q, k, v)) W_out + b_out                                           eq. (2) or eq. (5) of the paper, per head
 
     Parameters
     ----------
@@ -365,7 +365,7 @@ def cross_attention_init(params: Params, name: str, memory: Array, *, heads: int
     -------
     state
         Of linear attention `State(S, z)`, S = Σ_j φ(k_j) v_jᵀ and z = Σ_j φ(k_j) for each head, (..., H, F, D) and (..., H, F), however
-        long the memory is (eq. 6 of the paper); of softmax attention all keys and values.
+        long the memory is; of softmax attention all keys and values.
 
     Examples
     --------

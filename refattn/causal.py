@@ -1,6 +1,6 @@
 """Rule `linear`: the causal sum at the heart of the paper, in the forms that must agree, and its transpose.
 
-    S_t = S_{t-1} + k_t v_tᵀ          o_t = S_tᵀ q_t                                    (eq. 10; the numerator of eq. 12)
+    S_t = S_{t-1} + k_t v_tᵀ          o_t = S_tᵀ q_t                                    eq. (10); the numerator of eq. (12)
 
 The bare product: no feature map, no normaliser, no scale; `attention` and `recurrence` put those around it.
 
@@ -16,9 +16,9 @@ State  S (..., H, D, M): all that the past leaves behind; float32 for float16 an
 
 **The sum is closed under its own transpose.** Write f(q, k, v; S) for the outputs and rev for the reversal of the positions. Then
 
-    dq = f(do, v, k; Sᵀ)                                  dq_i = S_i do_i,           S_i = S_0 + Σ_{j≤i} k_j v_jᵀ         (eq. 13)
-    dk = rev f(rev v, rev do, rev q; dS_Nᵀ)               dk_i = R_i v_i,            R_i = dS_N + Σ_{j≥i} q_j do_jᵀ       (eq. 14)
-    dv = rev f(rev k, rev q, rev do; dS_N)                dv_i = R_iᵀ k_i                                                (eq. 15)
+    dq = f(do, v, k; Sᵀ)                                  dq_i = S_i do_i,           S_i = S_0 + Σ_{j≤i} k_j v_jᵀ         eq. (13)
+    dk = rev f(rev v, rev do, rev q; dS_Nᵀ)               dk_i = R_i v_i,            R_i = dS_N + Σ_{j≥i} q_j do_jᵀ       eq. (14)
+    dv = rev f(rev k, rev q, rev do; dS_N)                dv_i = R_iᵀ k_i                                                eq. (15)
     dS_0 = R_1: the state that the last of these sums ends with
 
 so every form is a sum of products k vᵀ that is read from two sides, Sᵀ q and S do: forward (q) over the writes (k, v), then backward
@@ -138,7 +138,7 @@ def causal_chunked_forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, state: n
 
 def causal_chunked_backward(dout: np.ndarray, dstate: np.ndarray | None,
                             residuals: Residuals) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Transpose of `causal_chunked_forward`: the same sum once forward and once from behind (eq. 13-15; see the top of this file).
+    """Transpose of `causal_chunked_forward`: the same sum once forward and once from behind (eq. (13) to (15); see the top of this file).
 
     The states run once more instead of being stored: constant extra memory in N.
 
@@ -355,7 +355,7 @@ def _scan(Q: Array, K: Array, V: Array, S: Array, C: int, xp: Any) -> tuple[Arra
 # --- step: one position -------------------------------------------------------------------------------------------------------------
 
 def causal_step(state: Array, q_t: Array, k_t: Array, v_t: Array) -> tuple[Array, Array]:
-    """One position: S ← S + k vᵀ, o = Sᵀ q (eq. 18-20). `state` (..., H, D, M) is left as it was; returns (out_t, new state).
+    """One position: S ← S + k vᵀ, o = Sᵀ q (eq. (18) without φ). `state` (..., H, D, M) is left as it was; returns (out_t, new state).
 
     >>> state = np.zeros((1, 1))
     >>> for x in (1., 2.): out, state = causal_step(state, np.ones(1), np.array([x]), np.ones(1))
@@ -375,7 +375,7 @@ def causal_step_backward(dout_t: Array, dstate: Array, state: Array, q_t: Array,
                          v_t: Array) -> tuple[Array, Array, Array, Array]:
     """Transpose of `causal_step`; returns (dstate0, dq_t, dk_t, dv_t). `state` is the one that the step was given.
 
-        R = dS + q doᵀ,   dq = (S + k vᵀ) do,   dk = R v,   dv = Rᵀ k,   dS_0 = R                             (eq. 13-15 for N = 1)
+        R = dS + q doᵀ,   dq = (S + k vᵀ) do,   dk = R v,   dv = Rᵀ k,   dS_0 = R                             eq. (13) to (15) for N = 1
 
     >>> one = np.ones(1)
     >>> [float(x.item()) for x in causal_step_backward(2 * one, np.zeros((1, 1)), 3 * np.ones((1, 1)), one, one, one)]

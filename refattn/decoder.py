@@ -7,7 +7,7 @@
     logits = norm(x) W_head + b_head
 
 It is the model of `refattn.transformer` with one more part in its blocks. Per head, with q = x W_q, k = m W_k, v = m W_v and linear attention,
-the cross attention is eq. 5 and 6 of the paper,
+the cross attention is eq. (5) and (6) of the paper,
 
     S = Σ_j φ(k_j) v_jᵀ        z = Σ_j φ(k_j)        over the memory, once        o_i = Sᵀ φ(q_i) / (zᵀ φ(q_i) + ε)
 

@@ -2,7 +2,7 @@
 
     1. every form of attention is fed with handwritten digits and held against its definition
     2. a causal linear transformer learns to predict each pixel from the pixels before it:  p(x) = Π_i p(x_i | x_<i)
-    3. the same weights, run as an RNN (eq. 16-20 of the paper), draw digits and complete half-shown ones
+    3. the same weights, run as an RNN (eq. (16) to (20) of the paper), draw digits and complete half-shown ones
     4. that RNN is timed beside softmax attention of the same size, with a key/value cache and recomputed
 
 The digits are those that scikit-learn carries: 1,797 scans of 8 × 8 pixels with 17 levels of ink, so sequences of 64 tokens out of 17.

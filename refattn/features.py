@@ -1,11 +1,11 @@
-"""Feature maps φ: what makes similarity a product, sim(q, k) = φ(q)ᵀφ(k) (eq. 4 of the paper), each with its derivative.
+"""Feature maps φ: what makes similarity a product, sim(q, k) = φ(q)ᵀφ(k) (eq. (4) of the paper), each with its derivative.
 
     y = φ(x)        x (..., D)  →  y (..., F), row by row: a row of y depends on the same row of x and on nothing else
     dx = Jᵀ dy      J = ∂φ/∂x at x; no residual but x itself
 
 | name | φ(x) | φ(q)ᵀφ(k) | F | φ ≥ 0 |
 |---|---|---|---|---|
-| `"elu1"` | elu(x) + 1 (eq. 7, the paper's default) | Σ φ(q_i) φ(k_i) | D | > 0 |
+| `"elu1"` | elu(x) + 1 (eq. (7), the paper's default) | Σ φ(q_i) φ(k_i) | D | > 0 |
 | `"relu"` | max(x, 0) | Σ φ(q_i) φ(k_i) | D | yes |
 | `"relu2"` | max(x, 0)² | Σ φ(q_i) φ(k_i) | D | yes |
 | `"identity"` | x | qᵀk | D | no |
@@ -69,7 +69,7 @@ class FeatureMap(NamedTuple):
 # --- elementwise maps: y_i = f(x_i), F = D, so J is diagonal and dx_i = f'(x_i) dy_i --------------------------------------------------
 
 def elu1_forward(x: Array) -> Array:
-    """φ(x) = elu(x) + 1: 1 + x above 0, eˣ below. (eq. 7 of the paper)
+    """φ(x) = elu(x) + 1: 1 + x above 0, eˣ below. Eq. (7) of the paper.
 
     Computed as max(x, 0) + exp(min(x, 0)), which is x + 1 above 0 and 0 + eˣ below. Never overflows. Far below 0 it underflows to
     0, where eˣ does.
@@ -635,7 +635,7 @@ def positive_random(D: int, features: int, seed: Any, orthogonal: bool = True, d
     Stabilisation. The exponent is |w|²/2 - |x - w|²/2 ≤ |w|²/2: it is bounded by W alone, whatever x. Since |w|² is about D, nothing can
     overflow in float32 up to D of about 100, and beyond that only for x close to one of the w. So no shift is subtracted, and φ(q)ᵀφ(k)
     estimates exp(qᵀk) itself. The shift by the row's maximum that is often used is harmless on queries, where it cancels in the quotient of
-    eq. 5 (with eps = 0), and wrong on keys, where it weighs each key by another factor; a maximum over all keys would be right, but it
+    eq. (5) (with eps = 0), and wrong on keys, where it weighs each key by another factor; a maximum over all keys would be right, but it
     changes from chunk to chunk and lets the future reach the past. Elements of x so large that φ underflows to 0 anyway are clipped, so that
     |x|² does not overflow on the way; no result changes by it.
 

@@ -1,6 +1,6 @@
 """Non-causal linear attention's bare product: every query sees every key, in linear time.
 
-    o_i = (S_0 + Σ_j k_j v_jᵀ)ᵀ q_i          (Q Kᵀ) V = Q (Kᵀ V)                                            (eq. 5, eq. 6)
+    o_i = (S_0 + Σ_j k_j v_jᵀ)ᵀ q_i          (Q Kᵀ) V = Q (Kᵀ V)                                            eq. (5), (6)
 
 No feature map and no normaliser: `attention` puts them around it. N queries and L keys need not be equally many.
 
@@ -20,7 +20,7 @@ BLOCK = 256    # positions at a time; nothing here is quadratic in it
 
 
 def linear_forward(q: Array, k: Array, v: Array, state: Array | None = None) -> tuple[Array, Array, Residuals]:
-    """S = S_0 + Kᵀ V,  O = Q S. Any array-API namespace, object arrays too; 2·(N + L)·D·M flops, nothing quadratic.
+    """S = S_0 + Kᵀ V,  O = Q S: eq. (5), (6). Any array-API namespace, object arrays too; 2·(N + L)·D·M flops, nothing quadratic.
 
     Shapes as in `causal_chunked_forward`, but for L keys; returns (out, S, residuals).
 

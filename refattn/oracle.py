@@ -19,8 +19,13 @@ Phi = Callable[[np.ndarray], np.ndarray]
 
 # --- the equations, for one head -------------------------------------------------------------------------------------------------
 
+def eq1(x: Matrix, attend: Callable[[Matrix], Matrix], f: Callable[[Matrix], Matrix]) -> Matrix:
+    """T(x) = f(A(x) + x): a layer, from its attention A and from f, which looks at each row by itself. Eq. (1)."""
+    return f(attend(x) + x)
+
+
 def eq2(q: Matrix, k: Matrix, v: Matrix, scale: Any, causal: bool) -> Matrix:
-    """V'_i = Σ_j exp(s·q_iᵀk_j) v_j / Σ_j exp(s·q_iᵀk_j); j ≤ i if causal. (eq. 2, with eq. 3's exponential similarity)"""
+    """V'_i = Σ_j exp(s·q_iᵀk_j) v_j / Σ_j exp(s·q_iᵀk_j); j ≤ i if causal. Eq. (2) and (3), the similarity exponential."""
     out = np.zeros((len(q), v.shape[-1]), v.dtype)
     for i in range(len(q)):
         last = i + 1 if causal else len(k)
@@ -32,7 +37,7 @@ def eq2(q: Matrix, k: Matrix, v: Matrix, scale: Any, causal: bool) -> Matrix:
 
 
 def eq4(phi_q: Matrix, phi_k: Matrix, v: Matrix, eps: Any, causal: bool) -> Matrix:
-    """V'_i = Σ_j φ(q_i)ᵀφ(k_j) v_j / (Σ_j φ(q_i)ᵀφ(k_j) + ε); j ≤ i if causal. (eq. 4; causal: eq. 8)
+    """V'_i = Σ_j φ(q_i)ᵀφ(k_j) v_j / (Σ_j φ(q_i)ᵀφ(k_j) + ε); j ≤ i if causal. Eq. (4); causal: eq. (8).
 
     ε is the library's one addition; the paper has ε = 0. A row whose denominator is 0 has no keys to look at: it is 0.
     """
@@ -45,7 +50,7 @@ def eq4(phi_q: Matrix, phi_k: Matrix, v: Matrix, eps: Any, causal: bool) -> Matr
 
 
 def eq5(phi_q: Matrix, phi_k: Matrix, v: Matrix, eps: Any) -> Matrix:
-    """V'_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / (φ(q_i)ᵀ Σ_j φ(k_j) + ε). (eq. 5, eq. 6: the same as eq. 4, summed in the other order)"""
+    """V'_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / (φ(q_i)ᵀ Σ_j φ(k_j) + ε). Eq. (5) and (6): `eq4` in the other order."""
     S, z = phi_k.T @ v, phi_k.sum(0)
     out = np.zeros((len(phi_q), v.shape[-1]), v.dtype)
     for i in range(len(phi_q)):
@@ -54,12 +59,12 @@ def eq5(phi_q: Matrix, phi_k: Matrix, v: Matrix, eps: Any) -> Matrix:
 
 
 def eq7(x: Matrix) -> Matrix:
-    """φ(x) = elu(x) + 1: x + 1 above 0, eˣ below. (eq. 7)"""
+    """φ(x) = elu(x) + 1: x + 1 above 0, eˣ below. Eq. (7)."""
     return np.where(x.real > 0, x + 1, np.exp(np.where(x.real > 0, 0, x)))
 
 
 def eq9(q: Matrix, k: Matrix, v: Matrix, S0: Matrix) -> Matrix:
-    """V̄_i = S_0ᵀ q_i + Σ_{j≤i} (q_iᵀk_j) v_j: the numerator of eq. 9, with a past S_0 that the paper sets to 0."""
+    """V̄_i = S_0ᵀ q_i + Σ_{j≤i} (q_iᵀk_j) v_j: the numerator of eq. (9), with a past S_0 that the paper sets to 0."""
     out = np.zeros((len(q), v.shape[-1]), v.dtype)
     for i in range(len(q)):
         out[i] = q[i] @ S0
@@ -69,7 +74,7 @@ def eq9(q: Matrix, k: Matrix, v: Matrix, S0: Matrix) -> Matrix:
 
 
 def eq10(k: Matrix, v: Matrix, S0: Matrix) -> Matrix:
-    """S_N = S_0 + Σ_j k_j v_jᵀ. (eq. 10; eq. 11 is the same with v_j = 1)"""
+    """S_N = S_0 + Σ_j k_j v_jᵀ. Eq. (10); eq. (11) is the same with v_j = 1."""
     S = S0.copy()
     for j in range(len(k)):
         S = S + np.outer(k[j], v[j])
@@ -77,7 +82,7 @@ def eq10(k: Matrix, v: Matrix, S0: Matrix) -> Matrix:
 
 
 def eq12(phi_q: Matrix, phi_k: Matrix, v: Matrix, S: Matrix, z: Matrix, eps: Any) -> tuple[Matrix, Matrix, Matrix]:
-    """V'_i = φ(q_i)ᵀ S_i / (φ(q_i)ᵀ z_i + ε), S_i = S_{i-1} + φ(k_i) v_iᵀ, z_i = z_{i-1} + φ(k_i). (eq. 10-12; as an RNN eq. 16-20)
+    """V'_i = φ(q_i)ᵀ S_i / (φ(q_i)ᵀ z_i + ε), S_i = S_{i-1} + φ(k_i) v_iᵀ, z_i = z_{i-1} + φ(k_i). Eq. (12) by running sums.
 
     Returns (V', S_N, z_N)."""
     out = np.zeros((len(phi_q), v.shape[-1]), v.dtype)
@@ -89,18 +94,30 @@ def eq12(phi_q: Matrix, phi_k: Matrix, v: Matrix, S: Matrix, z: Matrix, eps: Any
 
 
 def eq13(k: Matrix, v: Matrix, G: Matrix, S0: Matrix) -> Matrix:
-    """∂L/∂q_i = (S_0 + Σ_{j≤i} k_j v_jᵀ) G_i. (eq. 13)"""
+    """∂L/∂q_i = (S_0 + Σ_{j≤i} k_j v_jᵀ) G_i. Eq. (13)."""
     return np.stack([(S0 + k[: i + 1].T @ v[: i + 1]) @ G[i] for i in range(len(k))]) if len(k) else np.zeros_like(k)
 
 
 def eq14(q: Matrix, v: Matrix, G: Matrix, dS: Matrix) -> Matrix:
-    """∂L/∂k_i = (dS_N + Σ_{j≥i} q_j G_jᵀ) v_i. (eq. 14, with the final state's cotangent)"""
+    """∂L/∂k_i = (dS_N + Σ_{j≥i} q_j G_jᵀ) v_i. Eq. (14), with the final state's cotangent."""
     return np.stack([(dS + q[i:].T @ G[i:]) @ v[i] for i in range(len(q))]) if len(q) else np.zeros_like(q)
 
 
 def eq15(q: Matrix, k: Matrix, G: Matrix, dS: Matrix) -> Matrix:
-    """∂L/∂v_i = (dS_N + Σ_{j≥i} q_j G_jᵀ)ᵀ k_i. (eq. 15, with the final state's cotangent)"""
+    """∂L/∂v_i = (dS_N + Σ_{j≥i} q_j G_jᵀ)ᵀ k_i. Eq. (15), with the final state's cotangent."""
     return np.stack([(dS + q[i:].T @ G[i:]).T @ k[i] for i in range(len(q))]) if len(q) else np.zeros_like(G)
+
+
+def eq20(x: Matrix, w_q: Matrix, w_k: Matrix, w_v: Matrix, f: Callable[[Matrix], Matrix], phi: Phi, eps: Any) -> Matrix:
+    """s_0 = 0, z_0 = 0, s_i = s_{i-1} + φ(x_i W_K) (x_i W_V)ᵀ, z_i = z_{i-1} + φ(x_i W_K), y_i = f(φ(x_i W_Q)ᵀ s_i / (φ(x_i W_Q)ᵀ z_i + ε) + x_i):
+    a layer of one head as a recurrent network. Eq. (16) to (20)."""
+    s, z = np.zeros((len(phi(w_k[0])), w_v.shape[1])), np.zeros(len(phi(w_k[0])))
+    y = np.zeros_like(x)
+    for i in range(len(x)):
+        s = s + np.outer(phi(x[i] @ w_k), x[i] @ w_v)
+        z = z + phi(x[i] @ w_k)
+        y[i] = f(_quotient(phi(x[i] @ w_q) @ s, phi(x[i] @ w_q) @ z + eps) + x[i])
+    return y
 
 
 def gated_delta(q: Matrix, k: Matrix, v: Matrix, g: Matrix | None, beta: Matrix | None, S: Matrix) -> tuple[Matrix, Matrix]:
@@ -120,7 +137,7 @@ def gated_delta(q: Matrix, k: Matrix, v: Matrix, g: Matrix | None, beta: Matrix 
 
 def softmax_attention(q: Any, k: Any, v: Any, *, causal: bool = False, scale: Any = None, query_lengths: Any = None,
                       key_lengths: Any = None) -> np.ndarray:
-    """Softmax attention by eq. 2, in float64; see `refattn.softmax_attention`."""
+    """Softmax attention by `eq2`, in float64; see `refattn.softmax_attention`."""
     q, k, v = _wide(q), _wide(k), _wide(v)
     s = 1 / np.sqrt(max(q.shape[-1], 1)) if scale is None else scale
     out = np.zeros((*q.shape[:-1], v.shape[-1]), np.result_type(q, k, v))
@@ -131,7 +148,7 @@ def softmax_attention(q: Any, k: Any, v: Any, *, causal: bool = False, scale: An
 
 def linear_attention(q: Any, k: Any, v: Any, *, phi: Phi = eq7, causal: bool = False, eps: Any = 1e-6, query_lengths: Any = None,
                      key_lengths: Any = None) -> np.ndarray:
-    """Linear attention by eq. 4, in float64 and quadratic time; see `refattn.linear_attention`. `phi` is a function of an array."""
+    """Linear attention by `eq4`, in float64 and quadratic time; see `refattn.linear_attention`. `phi` is a function of an array."""
     q, k, v = _wide(q), _wide(k), _wide(v)
     dtype = np.result_type(q, k, v)
     out = np.zeros((*q.shape[:-1], v.shape[-1]), dtype)
@@ -146,7 +163,7 @@ def linear_attention(q: Any, k: Any, v: Any, *, phi: Phi = eq7, causal: bool = F
 
 
 def causal_linear_attention(q: Any, k: Any, v: Any, state: Any = None, *, phi: Phi = eq7, eps: Any = 1e-6) -> tuple[Any, tuple[Any, Any]]:
-    """Causal linear attention as the recurrence of eq. 10-12, in float64; returns (out, (S, z)); see
+    """Causal linear attention as the recurrence, by `eq12`, in float64; returns (out, (S, z)); see
     `refattn.causal_linear_attention`."""
     q, k, v = _wide(q), _wide(k), _wide(v)
     dtype = np.result_type(q, k, v, *(() if state is None else (_wide(state[0]), _wide(state[1]))))
@@ -161,7 +178,7 @@ def causal_linear_attention(q: Any, k: Any, v: Any, state: Any = None, *, phi: P
 
 
 def recurrence(q: Any, k: Any, v: Any, state: Any = None, *, scale: Any = 1) -> tuple[Any, Any]:
-    """Rule `linear`: S_t = S_{t-1} + k_t v_tᵀ, o_t = scale·S_tᵀ q_t by eq. 9 and eq. 10; returns (out, state)."""
+    """Rule `linear`: S_t = S_{t-1} + k_t v_tᵀ, o_t = scale·S_tᵀ q_t by `eq9` and `eq10`; returns (out, state)."""
     q, k, v = _wide(q), _wide(k), _wide(v)
     dtype = np.result_type(q, k, v, *(() if state is None else (_wide(state),)))
     S = np.zeros((*k.shape[:-2], k.shape[-1], v.shape[-1]), dtype) if state is None else _wide(state).astype(dtype)
@@ -209,7 +226,7 @@ def lsh_attention(x: Any, v: Any, buckets: Any, *, causal: bool, chunk: int, sca
 
 
 def recurrence_gradients(q: Any, k: Any, v: Any, state: Any, dout: Any, dstate: Any) -> tuple[Any, Any, Any, Any]:
-    """Rule `linear` with scale 1: (dq, dk, dv, dstate0) by eq. 13-15 as printed; state and dstate are arrays."""
+    """Rule `linear` with scale 1: (dq, dk, dv, dstate0) by `eq13`, `eq14` and `eq15`; state and dstate are arrays."""
     q, k, v, S, G, dS = (_wide(x) for x in (q, k, v, state, dout, dstate))
     dq, dk, dv, dS0 = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v), dS.copy()
     for at in np.ndindex(q.shape[:-2]):

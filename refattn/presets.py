@@ -33,7 +33,7 @@ from .rules import recurrence
 
 
 def retention_decay(heads: int) -> np.ndarray:
-    """The g of `retention`: log γ_h, γ_h = 1 - 2⁻⁵⁻ʰ for h = 0 … heads-1 (eq. 8). Returns (heads,), float64.
+    """The g of `retention`: log γ_h, γ_h = 1 - 2⁻⁵⁻ʰ for h = 0 … heads-1 (RetNet, 2023, eq. 8). Returns (heads,), float64.
 
     >>> np.exp(retention_decay(3))
     array([0.96875  , 0.984375 , 0.9921875])

@@ -35,7 +35,7 @@ def recurrence(q: Array, k: Array, v: Array, g: Array | None = None, beta: Array
                rule: str = "linear", scale: float = 1.0, cu_seqlens: Any = None, compiled: bool = False) -> tuple[Array, Array]:
     """S_t = P_t + k_t u_tᵀ, o_t = scale · S_tᵀ q_t with P_t = Diag(exp(g_t)) S_{t-1}, for a whole sequence.
 
-    Rule `linear`: no g, u = v (eq. 10 of the paper, without φ and normaliser). `gated`: u = v (RetNet, GLA, Mamba-2). `delta`: no g,
+    Rule `linear`: no g, u = v (eq. (10) of the paper, without φ and normaliser). `gated`: u = v (RetNet, GLA, Mamba-2). `delta`: no g,
     u = β (v - Pᵀ k) (DeltaNet). `gated_delta`: both (Gated DeltaNet, KDA). `presets` names the models.
 
     Parameters

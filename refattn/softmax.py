@@ -1,6 +1,6 @@
 """Softmax attention: what the paper's linear attention is compared with.
 
-    V'_i = Σ_j exp(s q_i·k_j) v_j / Σ_j exp(s q_i·k_j)                                 (eq. 2, with eq. 3's exponential similarity)
+    V'_i = Σ_j exp(s q_i·k_j) v_j / Σ_j exp(s q_i·k_j)                                 eq. (2), (3)
 
 Axes   q (..., G·H, N, D) · k (..., H, L, D) · v (..., H, L, M) · out (..., G·H, N, M); G query heads share one key/value head
 
@@ -47,7 +47,7 @@ def softmax_attention(q: Array, k: Array, v: Array, *, causal: bool = False, sca
                       key_lengths: Any = None) -> Array:
     """Softmax attention.
 
-        V'_i = Σ_j exp(s q_i·k_j) v_j / Σ_j exp(s q_i·k_j)          j ≤ i if causal                        (eq. 2 of the paper)
+        V'_i = Σ_j exp(s q_i·k_j) v_j / Σ_j exp(s q_i·k_j)          j ≤ i if causal                        eq. (2), (3) of the paper
 
     Parameters
     ----------
@@ -146,7 +146,7 @@ def _forward(q: Array, k: Array, v: Array, causal: bool, scale: float | None, qu
 
 def softmax_masked_forward(q: Array, k: Array, v: Array, *, causal: bool = False, scale: float | None = None, query_lengths: Any = None,
                            key_lengths: Any = None) -> tuple[Array, Residuals]:
-    """out = softmax(s Q Kᵀ + mask) V on whole matrices. (eq. 2)
+    """out = softmax(s Q Kᵀ + mask) V on whole matrices. Eq. (2).
 
     Any array-API namespace, nothing is written in place. Parameters and errors are those of `softmax_attention`.
 
@@ -251,7 +251,7 @@ def _visible(axes: Axes, causal: bool, real_k: np.ndarray | None) -> np.ndarray 
 def softmax_blockwise_forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, causal: bool = False, scale: float | None = None,
                               query_lengths: Any = None, key_lengths: Any = None, query_block: int = QUERY_BLOCK,
                               key_block: int = KEY_BLOCK) -> tuple[np.ndarray, Residuals]:
-    """Softmax attention that never holds a row of scores: blocks of keys, with a running maximum (eq. 2).
+    """Softmax attention that never holds a row of scores: blocks of keys, with a running maximum. Eq. (2).
 
         m' = max(m, max_j x_ij)          l' = l exp(m - m') + Σ_j exp(x_ij - m')          o' = o exp(m - m') + Σ_j exp(x_ij - m') v_j
 
@@ -509,7 +509,7 @@ _claiming = threading.Lock()
 def softmax_prefill(q: Array, k: Array, v: Array, *, scale: float | None = None) -> tuple[Array, SoftmaxCache]:
     """Causal softmax attention over a prompt, and the cache to go on from.
 
-        out_i = Σ_{j≤i} exp(s q_i·k_j) v_j / Σ_{j≤i} exp(s q_i·k_j)                                        (eq. 2 of the paper)
+        out_i = Σ_{j≤i} exp(s q_i·k_j) v_j / Σ_{j≤i} exp(s q_i·k_j)                                        eq. (2), (3) of the paper
 
     Parameters
     ----------
@@ -550,7 +550,7 @@ def softmax_step(q_t: Array, k_t: Array, v_t: Array, cache: SoftmaxCache | None 
                  scale: float | None = None) -> tuple[Array, SoftmaxCache]:
     """One more position of causal softmax attention ("stateful softmax" in the paper's supplement).
 
-        out_t = Σ_{j≤t} exp(s q_t·k_j) v_j / Σ_{j≤t} exp(s q_t·k_j)                                        (eq. 2 of the paper)
+        out_t = Σ_{j≤t} exp(s q_t·k_j) v_j / Σ_{j≤t} exp(s q_t·k_j)                                        eq. (2), (3) of the paper
 
     Parameters
     ----------

@@ -2,7 +2,7 @@
 
     x = W_token[token] + P[position]       (with `features`: x = input W_input + b_input + P[position])
     x = x + attention(norm(x))          }  for every layer; with norm="post"  x = norm(x + attention(x))
-    x = x + feed_forward(norm(x))       }                                     x = norm(x + feed_forward(x))     (eq. 20 of the paper)
+    x = x + feed_forward(norm(x))       }                                     x = norm(x + feed_forward(x))     eq. (1) of the paper
     logits = norm(x) W_head + b_head       (the last norm with norm="pre" only)
 
 Axes   B batch (any leading axes) · N positions · E model width · V vocabulary
@@ -141,7 +141,7 @@ def transformer_init(rng: np.random.Generator, config: Config, dtype: Any = np.f
 
 def transformer_forward(params: Params, inputs: Array, config: Config, *, lengths: Any = None,
                         rng: np.random.Generator | None = None) -> tuple[Array, Residuals]:
-    """Logits for every position of whole sequences.
+    """Logits for every position of whole sequences. With norm="post" each layer is eq. (1) of the paper, T(x) = f(A(x) + x).
 
     Parameters
     ----------
@@ -290,7 +290,7 @@ def transformer_step_init(config: Config, batch: int, dtype: Any = np.float32) -
 
 
 def transformer_step(params: Params, input_t: Array, state: TransformerState, config: Config) -> tuple[Array, TransformerState]:
-    """Read one token, or one vector, for each sequence and predict what follows it (eq. 16-20 of the paper, for every layer).
+    """Read one token, or one vector, for each sequence and predict what follows it (eq. (16) to (20) of the paper, for every layer).
 
     Parameters
     ----------

@@ -258,7 +258,7 @@ def test_no_positions_leave_the_state_as_it_was(rule: str, decay: str, rng: np.r
 # --- causal linear attention ---------------------------------------------------------------------------------------------------------
 
 def normalised_definition(q: Any, k: Any, v: Any, state: Any, *, phi: Any, eps: float) -> Any:
-    """Eq. 12 with JAX's own derivatives."""
+    """Attention with its normaliser, with JAX's own derivatives."""
     ones = jnp.ones((*v.shape[:-1], 1), v.dtype)
     both, end = definition(phi(q), phi(k), jnp.concatenate([v, ones], axis=-1), state=jnp.concatenate([state.S, state.z[..., None]], axis=-1))
     return both[..., :-1] / (both[..., -1:] + eps), refattn.State(end[..., :-1], end[..., -1])

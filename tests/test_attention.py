@@ -1,4 +1,4 @@
-"""Linear attention with φ and its normaliser: the public functions against eq. 4-12, forward and backward."""
+"""Linear attention with φ and its normaliser: the public functions against eq. (4) to (12), forward and backward."""
 from __future__ import annotations
 
 import tracemalloc
@@ -59,6 +59,7 @@ def spoiled(x, lengths, with_):
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(st.data())
 def test_causal_attention_is_the_recurrence_within_the_budget(dtype, data):
+    """Eq. (12)."""
     c, rng = data.draw(cases(dtype=dtype, longest=40)), np.random.default_rng(data.draw(seeds))
     state, dz = state_of(c, rng), rng.standard_normal(c.state.shape[:-1]).astype(c.state.dtype)
     eps = data.draw(st.sampled_from([0, 1e-6, 0.5]))
@@ -77,6 +78,7 @@ def test_causal_attention_is_the_recurrence_within_the_budget(dtype, data):
 
 @given(cases(longest=40), seeds, st.sampled_from([0, 1e-6, 0.5]))
 def test_backward_is_the_transpose_of_the_recurrence(c, seed, eps):
+    """Eq. (13) to (15)."""
     rng = np.random.default_rng(seed)
     state, dz = state_of(c, rng), rng.standard_normal(c.state.shape[:-1])
     _, pullback = vjp(causal_linear_attention, c.q, c.k, c.v, state, eps=eps)
@@ -87,6 +89,7 @@ def test_backward_is_the_transpose_of_the_recurrence(c, seed, eps):
 
 
 def test_every_gradient_element_is_the_complex_steps(rng):
+    """Eq. (13) to (15)."""
     q, k, v = rng.standard_normal((2, 4, 3, 2)), rng.standard_normal((2, 2, 3, 2)), rng.standard_normal((2, 2, 3, 3))
     state = State(rng.standard_normal((2, 2, 2, 3)), rng.random((2, 2, 2)))
     cotangents = rng.standard_normal(q.shape[:-1] + (3,)), rng.standard_normal((2, 2, 2, 3)), rng.standard_normal((2, 2, 2))
@@ -100,6 +103,7 @@ def test_every_gradient_element_is_the_complex_steps(rng):
 
 @given(cases(longest=40), seeds, st.data())
 def test_whole_split_and_step_by_step_give_the_same(c, seed, data):
+    """Eq. (16) to (19)."""
     rng = np.random.default_rng(seed)
     state = state_of(c, rng)
     b = budgets.attention_budget(c.q, c.k, c.v, *state, c.dout, c.dstate, c.dstate[..., 0], phi=oracle.eq7, dphi=elu1_slope)
@@ -256,7 +260,7 @@ def test_fast_masked_and_scan_agree(causal, data):
 
 @given(cases(dtype=np.float32, longest=40), seeds)
 def test_constant_values_pass_through(c, seed):
-    """ε = 0: a weighted mean of one value is that value, to the rounding of one quotient of equal sums."""
+    """Eq. (4). ε = 0: a weighted mean of one value is that value, to the rounding of one quotient of equal sums."""
     row = np.random.default_rng(seed).integers(-3, 4, c.dims.M).astype(np.float32)
     v = np.broadcast_to(row, c.v.shape)
     n = c.dims.N + c.dims.D + 2
@@ -267,7 +271,7 @@ def test_constant_values_pass_through(c, seed):
 
 @given(cases(longest=40), seeds)
 def test_linear_in_v_and_blind_to_the_length_of_phi_q(c, seed):
-    """With φ = identity and ε = 0 the map is linear in v, and a positive factor on q cancels; powers of two do so exactly."""
+    """Eq. (12). With φ = identity and ε = 0 the map is linear in v, and a positive factor on q cancels; powers of two do so exactly."""
     rng = np.random.default_rng(seed)
     q, k = np.abs(c.q) + 0.1, np.abs(c.k) + 0.1
     laws.law_equal_bits({

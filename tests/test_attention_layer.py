@@ -25,7 +25,7 @@ def attention_params(rng, E, dtype, Em=None):
 
 
 def attention_oracle(x, memory, *params, heads, attention, lengths, memory_lengths, causal=False):
-    """Position by position and head by head, as eq. 2, 5 and 9 are printed; only real positions are looked at."""
+    """Position by position and head by head, as the paper prints them; only real positions are looked at."""
     wq, bq, wk, bk, wv, bv, wo, bo = params
     out = np.zeros_like(x)
     for b, (n, m) in enumerate(zip(lengths, memory_lengths, strict=True)):

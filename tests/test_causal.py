@@ -61,6 +61,7 @@ def run(form, c, chunk=None):
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(st.data())
 def test_on_integers_every_form_gives_the_definition_bit_for_bit(dtype, data):
+    """Eq. (8), (9)."""
     c = data.draw(cases(dtype=dtype, exact=True, longest=40))
     chunk = data.draw(chunks)
     wide = c.state.dtype
@@ -94,6 +95,7 @@ def test_on_rationals_the_functional_forms_are_exact(form, rng):
 
 @given(cases(exact=True), chunks, st.data())
 def test_splitting_the_sequence_changes_nothing(c, chunk, data):
+    """Eq. (10), (11)."""
     at = data.draw(st.integers(0, c.dims.N))
     whole = causal_chunked_forward(c.q, c.k, c.v, c.state, chunk=chunk)[:2]
     head, middle, _ = causal_chunked_forward(c.q[..., :at, :], c.k[..., :at, :], c.v[..., :at, :], c.state, chunk=chunk)
@@ -103,6 +105,7 @@ def test_splitting_the_sequence_changes_nothing(c, chunk, data):
 
 @given(cases(exact=True), chunks, st.data())
 def test_the_future_never_reaches_the_past_and_the_past_never_the_cotangents_of_the_future(c, chunk, data):
+    """Eq. (8), (9)."""
     at = data.draw(st.integers(0, c.dims.N))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     other = [x.copy() for x in (c.q, c.k, c.v, c.dout)]
@@ -158,6 +161,7 @@ def test_no_state_and_no_cotangent_mean_zero(c):
                                               ((40,), 8, 1, 32, 33), ((50,), 3, 2, 32, 33), ((), 300, 1, 32, 33)])  # one to be cut
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_a_step_leaves_the_old_state_untouched(dtype, lead, H, G, D, M, rng, monkeypatch):
+    """Eq. (18)."""
     monkeypatch.setattr(causal, "STEP_BYTES", 1 << 16)
     def draw(*shape):
         return rng.integers(-2, 3, (*lead, *shape)).astype(dtype)
@@ -226,6 +230,7 @@ def test_a_future_score_that_overflows_does_not_reach_the_past():
 
 @given(cases(exact=True, cross=True))
 def test_without_a_mask_the_two_orders_of_summation_agree(c):
+    """Eq. (5), (6)."""
     groups = c.q.shape[-3] // c.k.shape[-3]
     K, V, S = (np.repeat(x, groups, axis=-3) if groups > 1 else x for x in (c.k, c.v, c.state))
 

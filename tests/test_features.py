@@ -248,6 +248,7 @@ def judge(actual: np.ndarray, exact: np.ndarray, bound: np.ndarray, what: str) -
 
 @given(problems())
 def test_forward_is_its_definition(problem):
+    """Eq. (7), and every other map."""
     name, c, x, _ = problem
     wide = x.astype(np.longdouble)
     judge(c.fm.forward(x), rowwise(c.define, wide, c.F), budget(c.forward_roundings, x.dtype, c.forward_size(wide)), name)
@@ -255,6 +256,7 @@ def test_forward_is_its_definition(problem):
 
 @given(problems())
 def test_backward_is_the_derivative_of_the_definition(problem):
+    """Eq. (7), and every other map."""
     name, c, x, dy = problem
     wide, dwide = x.astype(np.longdouble), dy.astype(np.longdouble)
     size = c.backward_size(dwide, wide)

@@ -25,6 +25,7 @@ def rational(rng):
 
 
 def test_eq4_is_eq5_and_eq8_is_eq12_on_rationals(rational):
+    """Eq. (4) and (5), (8) and (12)."""
     q, k, v = rational(2, 4, 5, 3), rational(2, 2, 5, 3), rational(2, 2, 5, 4)
     quadratic = oracle.linear_attention(q, k, v, phi=identity, eps=0)
     for at in np.ndindex(2, 4):
@@ -48,6 +49,7 @@ def test_eq7_is_elu_plus_one():
 
 @given(cases(longest=6), st.integers(0, 2**32 - 1))
 def test_eq13_to_15_are_the_derivative_of_eq9(c, seed):
+    """Eq. (13) to (15)."""
     b = budgets.recurrence_budget(c.q, c.k, c.v, c.state, c.dout, c.dstate)
     laws.law_backward_is_the_transpose(oracle.recurrence, (c.q, c.k, c.v, c.state),
                                        oracle.recurrence_gradients(c.q, c.k, c.v, c.state, c.dout, c.dstate), (b.dq, b.dk, b.dv, b.dS),

@@ -221,6 +221,7 @@ def real_lengths(lengths: Any, x: np.ndarray) -> np.ndarray:
 
 @given(calls(), st.sampled_from([0.0, 1.0, 30.0]))
 def test_every_form_keeps_the_forward_budget(call: Call, size: float) -> None:
+    """Eq. (2), (3)."""
     q, k, v, dout = arrays(call, size)
     expected = oracle.softmax_attention(exact(q), exact(k), exact(v), **call.options)
     bound = SLACK * softmax_forward_budget(q, k, v, key_block=K_BLOCK, **call.options)
@@ -431,6 +432,7 @@ def test_memory_does_not_grow_with_the_scores(rng: np.random.Generator) -> None:
 
 @given(calls(lengths=False), st.integers(0, 13), st.sampled_from([None, 0.25]))
 def test_prefill_and_steps_are_causal_attention(call: Call, prompt: int, scale: float | None) -> None:
+    """Eq. (2), (3), causal."""
     call = call._replace(shapes=(call.shapes[0], *((*s[:-2], call.shapes[0][-2], s[-1]) for s in call.shapes[1:3]), call.shapes[3]))
     q, k, v, _ = arrays(call)
     out = decoded(q, k, v, min(prompt, q.shape[-2]), scale)

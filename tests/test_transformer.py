@@ -186,6 +186,39 @@ def test_the_recurrent_twin_is_the_same_function(seed, config, N, at):
         assert state.position == N
 
 
+@given(seeds, st.sampled_from(["gelu", "relu"]), st.integers(1, 6))
+def test_a_layer_is_the_papers_and_its_steps_are_the_papers_recurrent_network(seed, activation, N):
+    """Eq. (1), and eq. (16) to (20). One head, no biases around the attention, W_out the identity: as printed."""
+    rng, config = np.random.default_rng(seed), Config(7, 6, 4, 1, 1, 5, norm="post", activation=activation)
+    params, tokens = draw_params(rng, config), rng.integers(0, 7, N)
+    w_q, w_k, w_v = (params[f"blocks.0.attention.{part}.weight"] for part in ("query", "key", "value"))
+    params |= {f"blocks.0.attention.{part}.bias": np.zeros(4) for part in ("query", "key", "value", "out")}
+    params["blocks.0.attention.out.weight"] = np.eye(4)
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * params[f"{name}.weight"] + params[f"{name}.bias"]
+
+    def f(x):
+        x = norm(x, "blocks.0.attention.norm")
+        inner = x @ params["blocks.0.feed_forward.in.weight"] + params["blocks.0.feed_forward.in.bias"]
+        inner = np.maximum(inner, 0) if activation == "relu" else inner / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (inner + 0.044715 * inner**3)))
+        return norm(x + inner @ params["blocks.0.feed_forward.out.weight"] + params["blocks.0.feed_forward.out.bias"], "blocks.0.feed_forward.norm")
+
+    x, phi = params["token.weight"][tokens] + params["positions.weight"][:N], definitions.eq7
+    layer = definitions.eq1(x, lambda x: definitions.eq4(phi(x @ w_q), phi(x @ w_k), x @ w_v, 1e-6, True), f)
+    network = definitions.eq20(x, w_q, w_k, w_v, f, phi, 1e-6)
+    logits, state = transformer_forward(params, tokens, config)[0], transformer_step_init(config, 1, np.float64)
+    for expected in (layer, network):
+        expected = expected @ params["head.weight"] + params["head.bias"]
+        bound = gamma(ROUNDINGS, "float64") * max(1, np.abs(expected).max())
+        assert np.abs(logits - expected).max() <= bound
+        running = state
+        for i in range(N):
+            logits_t, running = transformer_step(params, tokens[i:i + 1], running, config)
+            assert np.abs(logits_t[0] - expected[i]).max() <= bound
+
+
 @given(seeds, recurrent)
 def test_an_old_state_can_be_gone_back_to(seed, config):
     rng = np.random.default_rng(seed)

@@ -7,7 +7,7 @@ pullback. The forward runs once, with `refattn.vjp`, and the primitive is only t
 
     outputs(found, backward, q, k, …) = found          its gradients at g: backward(g)
 
-**Second order** is there for rule `linear` without packed sequences, and so are all others: that sum is closed under its own transpose (eq. 13-15;
+**Second order** is there for rule `linear` without packed sequences, and so are all others: that sum is its own transpose (eq. (13) to (15);
 see `refattn.causal`), so its gradients are three more calls of `recurrence`,
 
     dq = f(do, v, k; S_0ᵀ)          dk = rev f(rev v, rev do, rev q) + v Rᵀ          dv = rev f(rev k, rev q, rev do) + k R          R = dS_N

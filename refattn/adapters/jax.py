@@ -88,7 +88,7 @@ def recurrence_step(q_t: Array, k_t: Array, v_t: Array, g_t: Array | None = None
 
 def causal_linear_attention(q: Array, k: Array, v: Array, state: State | None = None, *, feature_map: Any = "elu1",
                             eps: float = 1e-6) -> tuple[Array, State]:
-    """`refattn.causal_linear_attention` of JAX arrays: φ(q_i)ᵀ S_i / (φ(q_i)ᵀ z_i + ε), from a state to the next (eq. 8-12).
+    """`refattn.causal_linear_attention` of JAX arrays: φ(q_i)ᵀ S_i / (φ(q_i)ᵀ z_i + ε), from a state to the next (eq. (8) to (12)).
 
     Parameters
     ----------
@@ -116,7 +116,7 @@ def causal_linear_attention(q: Array, k: Array, v: Array, state: State | None = 
 
 def causal_linear_attention_step(q_t: Array, k_t: Array, v_t: Array, state: State | None = None, *, feature_map: Any = "elu1",
                                  eps: float = 1e-6) -> tuple[Array, State]:
-    """`refattn.causal_linear_attention_step` of JAX arrays: one position of `causal_linear_attention` (eq. 18-20).
+    """`refattn.causal_linear_attention_step` of JAX arrays: one position of `causal_linear_attention` (eq. (18), (19)).
 
     Parameters, results and errors as there and in `causal_linear_attention`.
 

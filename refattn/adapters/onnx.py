@@ -179,7 +179,7 @@ def _step(op: Op, S: str, given: dict[str, str], *, sizes: tuple[int, ...], chan
 # --- attention ---------------------------------------------------------------------------------------------------------------------------
 
 def causal_linear_attention_step_model(q_t: Array, k_t: Array, v_t: Array, *, feature_map: str = "elu1", eps: float = 1e-6) -> Any:
-    """One position with feature map and normaliser, in plain operators: `refattn.causal_linear_attention_step` (eq. 18-20).
+    """One position with feature map and normaliser, in plain operators: `refattn.causal_linear_attention_step` (eq. (18), (19)).
 
     Parameters
     ----------
@@ -211,7 +211,7 @@ def causal_linear_attention_step_model(q_t: Array, k_t: Array, v_t: Array, *, fe
 
 def causal_linear_attention_model(q: Array, k: Array, v: Array, *, feature_map: str = "elu1", eps: float = 1e-6,
                                   operator: str = "Scan") -> Any:
-    """Any number of positions with feature map and normaliser, from a state to a state: `refattn.causal_linear_attention` (eq. 8-12).
+    """Any number of positions with feature map and normaliser, from a state to a state: `refattn.causal_linear_attention` (eq. (8) to (12)).
 
     φ and the normaliser, which is one more column of ones in v, are plain operators around the recurrence, whatever its `operator`.
 

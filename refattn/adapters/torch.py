@@ -102,7 +102,7 @@ def recurrence_step(q_t: Tensor, k_t: Tensor, v_t: Tensor, g_t: Tensor | None = 
 
 def causal_linear_attention(q: Tensor, k: Tensor, v: Tensor, state: State | None = None, *, feature_map: Any = "elu1",
                             eps: float = 1e-6) -> tuple[Tensor, State]:
-    """`refattn.causal_linear_attention` of tensors: φ(q_i)ᵀ Σ_{j≤i} φ(k_j) v_jᵀ / (φ(q_i)ᵀ Σ_{j≤i} φ(k_j) + ε), eq. 12 of the paper.
+    """`refattn.causal_linear_attention` of tensors: φ(q_i)ᵀ Σ_{j≤i} φ(k_j) v_jᵀ / (φ(q_i)ᵀ Σ_{j≤i} φ(k_j) + ε), eq. (12) of the paper.
 
     Parameters
     ----------
@@ -151,7 +151,7 @@ def causal_linear_attention_step(q_t: Tensor, k_t: Tensor, v_t: Tensor, state: S
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, feature_map: Any = "elu1", causal: bool = False, eps: float = 1e-6,
                      query_lengths: Any = None, key_lengths: Any = None) -> Tensor:
-    """`refattn.linear_attention` of tensors: φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / (φ(q_i)ᵀ Σ_j φ(k_j) + ε), eq. 5 of the paper; `causal`: j ≤ i.
+    """`refattn.linear_attention` of tensors: φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / (φ(q_i)ᵀ Σ_j φ(k_j) + ε), eq. (5) of the paper; `causal`: j ≤ i.
 
     Arguments, results and errors as in `causal_linear_attention` and `refattn.linear_attention`.
 
@@ -165,7 +165,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, feature_map: Any = "elu
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, query_lengths: Any = None,
                       key_lengths: Any = None) -> Tensor:
-    """`refattn.softmax_attention` of tensors: Σ_j exp(s q_i·k_j) v_j / Σ_j exp(s q_i·k_j), eq. 2 of the paper; `causal`: j ≤ i.
+    """`refattn.softmax_attention` of tensors: Σ_j exp(s q_i·k_j) v_j / Σ_j exp(s q_i·k_j), eq. (2) of the paper; `causal`: j ≤ i.
 
     Arguments, results and errors as in `recurrence` and `refattn.softmax_attention`. Under `create_graph=True` N·L numbers a head are held.
 

@@ -173,7 +173,7 @@ def exp(typing: Any, x: Any) -> Any:
 
 @intrinsic
 def elu1(typing: Any, x: Any, e: Any) -> Any:
-    """φ(x) = x + 1 above 0, and e = eˣ, which is given, below. (eq. 7)"""
+    """φ(x) = x + 1 above 0, and e = eˣ, which is given, below. Eq. (7)."""
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = args[0].type
         number = _everywhere(kind)

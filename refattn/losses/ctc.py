@@ -40,7 +40,7 @@ def ctc_forward(logits: Array, targets: Array, *, frame_lengths: Any = None, tar
 
         loss = Σ_b w_b nll_b / Σ_b w_b        nll_b = -log Σ_π Π_n p_bn(π_n)
 
-    "Connectionist Temporal Classification", Graves, Fernández, Gomez, Schmidhuber (2006), eq. (3) to (8), in log space.
+    "Connectionist Temporal Classification", Graves, Fernández, Gomez, Schmidhuber (2006), eq. 3 to 8, in log space.
 
     Parameters
     ----------

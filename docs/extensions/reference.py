@@ -1,0 +1,147 @@
+"""The reference: what a module says of itself and of all that is public in it, as Markdown, in the order of the file.
+
+Read from the source, not imported, so no extra need be installed. Docstrings of this library are Markdown with the sections of numpydoc.
+"""
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from numpydoc.docscrape import NumpyDocString
+
+ROOT = Path(__file__).resolve().parents[2]
+HEADINGS = ("Parameters", "Returns", "Raises", "Notes", "Examples")
+Definition = ast.FunctionDef | ast.ClassDef
+
+
+def file_of(module: str) -> Path:
+    path = ROOT.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def modules() -> list[str]:
+    """Every public module."""
+    names = (".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in sorted(ROOT.glob("refattn/**/*.py")))
+    return [name for name in names if not any(part.startswith("_") for part in name.split("."))]
+
+
+def public(module: str) -> list[Definition]:
+    """The functions and classes that a module defines, but for private ones."""
+    found: list[Definition] = []
+    todo = ast.parse(file_of(module).read_text(encoding="utf-8")).body
+    for node in todo:
+        if isinstance(node, (ast.If, ast.Try)):
+            todo += node.body
+        elif isinstance(node, Definition) and not node.name.startswith("_"):
+            found.append(node)
+    return found
+
+
+def borrowed(module: str) -> dict[str, str]:
+    """What the package offers that stands in its modules: {name: module}. `refattn.testing.check_kernel` is imported where it is first asked for."""
+    path = file_of(module)
+    if path.name != "__init__.py":
+        return {}
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {alias.asname or alias.name: f"{module}.{node.module}" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
+            for alias in node.names if not alias.name.startswith("_") and alias.name != "main"}
+
+
+def homes() -> dict[str, str]:
+    """Full name where it is defined -> name under which it is described: that of `refattn` itself, for what that offers."""
+    return {f"{home}.{name}": f"refattn.{name}" for name, home in borrowed("refattn").items()}
+
+
+def markdown(module: str) -> str:
+    """The docstring of the module, then all that is public in it."""
+    text = file_of(module).read_text(encoding="utf-8")
+    lines = [body(ast.get_docstring(ast.parse(text)) or ""), "", link(module, 1), ""]
+    for name, home in borrowed(module).items():
+        if module == "refattn":
+            node = next(node for node in public(home) if node.name == name)
+            lines += described(node, home, f"refattn.{name}")
+        else:
+            lines += [f"- `{home}.{name}`"]
+    for node in public(module):
+        full = f"{module}.{node.name}"
+        lines += ["", f"`{homes()[full]}` stands in [the public functions](face.md)."] if full in homes() else described(node, module, full)
+    return "\n".join(lines)
+
+
+def described(node: Definition, module: str, full: str) -> list[str]:
+    kind = "class" if isinstance(node, ast.ClassDef) else "function"
+    inner = [*body(ast.get_docstring(node) or "").splitlines(), "", link(module, node.lineno)]
+    if isinstance(node, ast.ClassDef):
+        for method in node.body:
+            if isinstance(method, ast.FunctionDef) and not method.name.startswith("_") and ast.get_docstring(method):
+                inner += ["", f"**`{method.name}{signature(method)}`**", "", *body(ast.get_docstring(method) or "").splitlines()]
+    return ["", f"``````{{py:{kind}}} {full}{signature(node)}", "", *inner, "``````"]
+
+
+def signature(node: Definition) -> str:
+    """Names and defaults; types and shapes are told below it."""
+    if isinstance(node, ast.ClassDef):
+        fields = [f.target.id + ("" if f.value is None else f"={ast.unparse(f.value)}") for f in node.body
+                  if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
+        return f"({', '.join(fields)})"
+    arguments = ast.parse(ast.unparse(node.args).join(("def f(", "): pass"))).body[0].args
+    for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg):
+        if argument is not None:
+            argument.annotation = None
+    return f"({ast.unparse(arguments)})".replace("(self, ", "(").replace("(self)", "()")
+
+
+def link(module: str, line: int) -> str:
+    path = file_of(module).relative_to(ROOT).as_posix()
+    return f"[{path}:{line}](source:{path}#L{line})"
+
+
+def body(docstring: str) -> str:
+    """A docstring as Markdown: sections get headings, parameters become items, doctests code."""
+    docstring = inspect.cleandoc(docstring)
+    start = re.search(r"^(?:%s)\n-{3,}$" % "|".join(HEADINGS), docstring, re.MULTILINE)
+    if start is None:
+        return prose(docstring)
+    parts = [prose(docstring[:start.start()].rstrip())]
+    sections = NumpyDocString(docstring[start.start():])
+    for heading in HEADINGS:
+        content = sections[heading]
+        if not content:
+            continue
+        parts += [f"**{heading}**"]
+        if isinstance(content[0], str):
+            parts += [prose(inspect.cleandoc("\n".join(content)))]
+        else:
+            parts += ["\n".join(item(*parameter) for parameter in content)]
+    return "\n\n".join(parts)
+
+
+def item(name: str, kind: str, description: list[str]) -> str:
+    name, kind = (f"**{name}**" if name else "", kind.replace("*", r"\*"))
+    indented = prose("\n".join(description)).replace("\n", "\n  ")
+    return f"- {name}{' : ' if name and kind else ''}{kind}" + (f"\\\n  {indented}" if description else "")
+
+
+def prose(text: str) -> str:
+    """Doctests as code, and bars inside the cells of a table as bars."""
+    return "\n".join(_prose(text.splitlines()))
+
+
+def _prose(lines: list[str]) -> Iterator[str]:
+    inside = False
+    for line in lines:
+        indent = line[: len(line) - len(line.lstrip())]
+        if not inside and line.lstrip().startswith(">>> "):
+            inside = True
+            yield f"\n{indent}```pycon"
+        elif inside and not line.strip():
+            inside = False
+            yield "```"
+        if re.match(r"\|.*\|$", line) and not re.match(r"\|[-|: ]+\|$", line):
+            line = "|" + re.sub(r"(?<=[^\s\\])\||\|(?=\S)", r"\\|", line[1:-1]) + "|"
+        yield line
+    if inside:
+        yield "```"
