@@ -18,8 +18,10 @@ html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_math_renderer = "mathml"
+smartquotes = False
 highlight_language = "none"             # indented blocks are formulas as often as code; fenced ones name their language
 python_maximum_signature_line_length = 100
+add_module_names = False
 toc_object_entries_show_parents = "hide"
 
 myst_enable_extensions = ["dollarmath", "deflist"]

@@ -8,6 +8,7 @@ import ast
 import inspect
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from numpydoc.docscrape import NumpyDocString
@@ -55,10 +56,25 @@ def homes() -> dict[str, str]:
     return {f"{home}.{name}": f"refattn.{name}" for name, home in borrowed("refattn").items()}
 
 
+@cache
+def names() -> dict[str, str]:
+    """What text calls them -> name under which they are described: `refattn.causal.causal_step`, `causal.causal_step`, and where no other has it and it
+    cannot be a mere word, `causal_step`; also `refattn.causal`."""
+    found: dict[str, set[str]] = {}
+    for module in modules():
+        here = {node.name: f"{module}.{node.name}" for node in public(module)} | {name: f"{home}.{name}" for name, home in borrowed(module).items()}
+        for name, full in here.items():
+            described = homes().get(full, full)
+            for said in {f"{module}.{name}", f"{module}.{name}".removeprefix("refattn."), name if "_" in name and module != "refattn.oracle" else full}:
+                found.setdefault(said, set()).add(described)
+        found[module] = {module}
+    return {said: full for said, (full, *others) in ((said, sorted(full)) for said, full in found.items()) if not others}
+
+
 def markdown(module: str) -> str:
     """The docstring of the module, then all that is public in it."""
     text = file_of(module).read_text(encoding="utf-8")
-    lines = [body(ast.get_docstring(ast.parse(text)) or ""), "", link(module, 1), ""]
+    lines = [f"```{{py:module}} {module}\n```", "", link(module, 1), "", body(ast.get_docstring(ast.parse(text)) or ""), ""]
     for name, home in borrowed(module).items():
         if module == "refattn":
             node = next(node for node in public(home) if node.name == name)
@@ -73,12 +89,12 @@ def markdown(module: str) -> str:
 
 def described(node: Definition, module: str, full: str) -> list[str]:
     kind = "class" if isinstance(node, ast.ClassDef) else "function"
-    inner = [*body(ast.get_docstring(node) or "").splitlines(), "", link(module, node.lineno)]
+    inner = [link(module, node.lineno), "", *body(ast.get_docstring(node) or "").splitlines()]
     if isinstance(node, ast.ClassDef):
         for method in node.body:
             if isinstance(method, ast.FunctionDef) and not method.name.startswith("_") and ast.get_docstring(method):
                 inner += ["", f"**`{method.name}{signature(method)}`**", "", *body(ast.get_docstring(method) or "").splitlines()]
-    return ["", f"``````{{py:{kind}}} {full}{signature(node)}", "", *inner, "``````"]
+    return ["", f"``````{{py:{kind}}} {full.rpartition('.')[2]}{signature(node)}", "", *inner, "``````"]
 
 
 def signature(node: Definition) -> str:
@@ -96,7 +112,7 @@ def signature(node: Definition) -> str:
 
 def link(module: str, line: int) -> str:
     path = file_of(module).relative_to(ROOT).as_posix()
-    return f"[{path}:{line}](source:{path}#L{line})"
+    return f"[source](source:{path}#L{line})"
 
 
 def body(docstring: str) -> str:

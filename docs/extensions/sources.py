@@ -9,11 +9,13 @@ import ast
 import html
 import posixpath
 import re
+import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import reference
 from docutils import nodes
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
@@ -46,6 +48,8 @@ def page_of(target: str) -> str | None:
     """Path from the root, of a file or a folder, with or without #line -> page name and anchor, or None where there is no such page."""
     path, _, line = target.partition("#")
     path = path.rstrip("/")
+    if path.startswith("docs/interactive/"):                       # a page that is no page of Sphinx's: copied as it is
+        return path.removeprefix("docs/")
     if path in sources():
         return f"source/{path}.html" + (f"#{line}" if line else "")
     if any(name.startswith(f"{path}/") for name in sources()):
@@ -64,9 +68,9 @@ class NamesBecomeLinks(SphinxTransform):
                 ancestor = ancestor.parent
             if ancestor is not None:
                 continue
-            if re.fullmatch(r"refattn(\.\w+)*", name):
-                link: nodes.Element = addnodes.pending_xref("", refdomain="py", reftype="obj", reftarget=name, refexplicit=True, refwarn=False,
-                                                            refdoc=self.env.docname)
+            if name in reference.names():
+                link: nodes.Element = addnodes.pending_xref("", refdomain="py", reftype="obj", reftarget=reference.names()[name], refexplicit=True,
+                                                            refwarn=True, refdoc=self.env.docname)
             elif name in laws():
                 link = nodes.reference("", "", refuri=f"source:{laws()[name]}", internal=False)
             elif "/" in name and page_of(name):
@@ -99,16 +103,23 @@ def pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
         body = highlight(path.read_text(encoding="utf-8"), lexer, HtmlFormatter(linenos="inline", lineanchors="L", anchorlinenos=True, cssclass="highlight"))
         body = re.sub(r'(id|name|href)="(#?)L-(\d+)"', r'\1="\2L\3"', body)
         yield f"source/{name}", {"title": name, "body": f"<h1><code>{html.escape(name)}</code></h1>{body}"}, "page.html"
-        for outer, inner in zip(((parts := name.split("/"))[:i] for i in range(len(parts))), parts, strict=True):
-            folders.setdefault("/".join(outer), set()).add(inner)
+        parts = name.split("/")
+        for i, part in enumerate(parts):
+            folders.setdefault("/".join(parts[:i]), set()).add(part)
     for folder, inside in folders.items():
         items = "".join(f'<li><a href="{name}{".html" if "/".join(filter(None, (folder, name))) in sources() else "/index.html"}"><code>{name}</code></a></li>'
                         for name in sorted(inside))
         yield posixpath.join("source", folder, "index"), {"title": folder or "Source", "body": f"<h1>{folder or 'Source'}</h1><ul>{items}</ul>"}, "page.html"
 
 
+def copy(app: Sphinx, error: Exception | None) -> None:
+    if error is None and (ROOT / "docs" / "interactive").is_dir():
+        shutil.copytree(ROOT / "docs" / "interactive", Path(app.outdir) / "interactive", dirs_exist_ok=True)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_transform(NamesBecomeLinks)
     app.connect("doctree-resolved", resolve)
     app.connect("html-collect-pages", pages)
+    app.connect("build-finished", copy)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
