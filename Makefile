@@ -1,13 +1,14 @@
 # make demo    the main job on real input: train a small linear transformer on handwritten digits, draw and complete digits
 # make test    lint, then every test and doctest, warnings as errors, on all cores
 # make lint    ruff and mypy alone
+# make docs    the site, in build/docs: open build/docs/index.html; warnings are errors, examples are executed
 # make bench   speed and memory of each form
 # make mutants change the core line by line and count the changes that no law notices: an hour or two
 # make clean   remove what the above made, the environments too
 #
 # Needs python3 (3.10 or later) with venv, and make; each target first makes its own environment in .venv, once per change of setup.cfg.
 # PYTHON=python3.12 make test     another interpreter, in an environment of its own
-# ARGS="--smoke" make demo        more arguments for the command, or for pytest
+# ARGS="--smoke" make demo        more arguments for the command, for pytest or for Sphinx
 
 PYTHON ?= python3
 ARGS ?=
@@ -19,8 +20,10 @@ RUN := $(VENV)/bin/python
 RUFF := ruff check --isolated --quiet --line-length 150 --target-version py310 \
         --select E,W,F,B,UP,NPY --ignore E731,E741,B905
 
-.PHONY: demo test lint bench mutants clean
+.PHONY: demo test lint docs bench mutants clean
 .DELETE_ON_ERROR:
+# No two pips write into one environment.
+.NOTPARALLEL:
 
 demo: $(VENV)/demo.stamp
 	@$(RUN) -m refattn demo $(ARGS)
@@ -35,19 +38,27 @@ mutants: $(VENV)/test.stamp
 test: lint
 	@$(RUN) -W error -m pytest -n auto --dist worksteal $(ARGS)
 
+docs: $(VENV)/docs.stamp
+	@$(RUN) -m sphinx -b html -W --keep-going -q $(ARGS) docs build/docs
+	@echo "docs: build/docs/index.html"
+
 lint: $(VENV)/test.stamp
-	@$(RUN) -m $(RUFF) $(wildcard refattn tests examples)
+	@$(RUN) -m $(RUFF) $(wildcard refattn tests examples docs)
 	@$(RUN) -m mypy
 	@echo "lint: ruff and mypy found nothing"
 
 clean:
 	rm -rf .venv .venv-* build dist out *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache .coverage mutants
-	find $(wildcard refattn tests examples) -name __pycache__ -prune -exec rm -rf {} +
+	find $(wildcard refattn tests examples docs) -name __pycache__ -prune -exec rm -rf {} +
 
-# test.stamp waits for demo.stamp, so that under make -j no two pips write into one environment.
 $(VENV)/test.stamp: $(VENV)/demo.stamp
 	@echo "$(VENV): installing the test tools"
 	@$(RUN) -m pip install --quiet --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+$(VENV)/docs.stamp: $(VENV)/demo.stamp
+	@echo "$(VENV): installing what builds the site"
+	@$(RUN) -m pip install --quiet --quiet --disable-pip-version-check --editable '.[docs]'
 	@touch $@
 
 $(VENV)/demo.stamp: $(VENV)/venv.stamp setup.cfg

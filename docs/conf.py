@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "extensions"))
@@ -14,7 +15,7 @@ nitpicky = True
 
 html_theme = "furo"
 html_title = "refattn"
-html_static_path = ["static"]
+html_static_path = ["static", str(files("ziamath") / "fonts")]        # STIX Two Math
 html_css_files = ["site.css"]
 html_copy_source = False
 html_math_renderer = "mathml"

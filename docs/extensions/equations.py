@@ -1,8 +1,8 @@
 """The table equation -> function -> oracle -> law, from the docstrings.
 
-A docstring that says "eq. (8)", "eq. (5), (6)" or "Eq. (13) to (15)" claims these equations of the paper. Who claims what decides the column: a function of
-`refattn.oracle`, a law in `tests/`, or else a function of the library. What a user calls, `refattn.__all__`, stands for the forms beneath it: these are
-listed only where none of it has the equation. Equations of other papers are written without brackets, "eq. 8", beside the year of that paper.
+A docstring that says "eq. (8)", "eq. (5), (6)" or "Eq. (13) to (15)" claims these equations of the paper. Who says it decides the column: a function
+of `refattn.oracle`, a law in `tests/`, or else a function of the library. What a user calls, `refattn.__all__`, stands for the forms beneath it: they
+are listed only where none of it has the equation. Equations of other papers are written without brackets, "eq. 8", beside the year of that paper.
 
 `python docs/extensions/equations.py` writes the table into the README, `make docs` and the tests refuse a README that has another one.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,14 +57,22 @@ class Docstring(NamedTuple):
 def docstrings(root: Path) -> Iterator[Docstring]:
     """All of `refattn` and `tests`, of modules, classes and functions, nested ones too."""
     for path in sorted([*root.glob("refattn/**/*.py"), *root.glob("tests/*.py")]):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        todo: list[tuple[str, ast.AST]] = [("", tree)]
-        for outer, node in todo:
-            text = ast.get_docstring(node) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) else None
-            if text:
-                yield Docstring(path.relative_to(root), getattr(node, "lineno", 1), outer, " ".join(text.split()))
-            todo += [(f"{outer}.{child.name}".lstrip(".") if isinstance(child, (ast.ClassDef, ast.FunctionDef)) else outer, child)
-                     for child in ast.iter_child_nodes(node)]
+        for line, name, text in _docstrings(path.read_text(encoding="utf-8")):
+            yield Docstring(path.relative_to(root), line, name, text)
+
+
+@cache
+def _docstrings(source: str) -> list[tuple[int, str, str]]:
+    """(line, name, text), for each docstring of a file."""
+    found: list[tuple[int, str, str]] = []
+    todo: list[tuple[str, ast.AST]] = [("", ast.parse(source))]
+    for outer, node in todo:
+        text = ast.get_docstring(node) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) else None
+        if text:
+            found.append((getattr(node, "lineno", 1), outer, " ".join(text.split())))
+        todo += [(f"{outer}.{child.name}".lstrip(".") if isinstance(child, (ast.ClassDef, ast.FunctionDef)) else outer, child)
+                 for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+    return found
 
 
 def labels(text: str) -> list[int]:
@@ -87,7 +96,8 @@ def labels(text: str) -> list[int]:
 def face(root: Path) -> dict[str, str]:
     """What `refattn/__init__.py` offers: {"attention.linear_attention": "linear_attention", …}."""
     tree = ast.parse((root / "refattn" / "__init__.py").read_text(encoding="utf-8"))
-    return {f"{node.module}.{alias.name}": alias.name for node in tree.body if isinstance(node, ast.ImportFrom) and node.level for alias in node.names}
+    return {f"{node.module}.{alias.name}": alias.name for node in tree.body if isinstance(node, ast.ImportFrom) and node.level
+            for alias in node.names}
 
 
 def collect(root: Path = ROOT) -> tuple[dict[int, tuple[list[str], list[str], list[str]]], list[str]]:

@@ -1,7 +1,7 @@
 """What is done to a page's Markdown before it is read, so that the same files read well as they are.
 
-- Python blocks become cells, executed in order, in one namespace, as the tests execute them. Pages in `embed/` show other frameworks, which need not be
-  installed here: their blocks are shown as they are. Files that a page shows ("In a file `rows.cu`:") lie beside the cells.
+- Python blocks become cells, executed in order, in one namespace, as the tests execute them. Pages in `embed/` show other frameworks, which need not
+  be installed here: their blocks are shown as they are. Files that a page shows ("In a file `rows.cu`:") lie beside the cells.
 - `{include}` of a file of the repository takes it in, its links read from where it lies.
 - Links to files of the repository lead to their sources, those to the README, CONTRIBUTING and CHANGELOG to the pages that include them.
 - `{equations}` is the table of `equations.py`; `{module}` what `reference.py` says of a module.

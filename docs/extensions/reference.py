@@ -46,8 +46,8 @@ def borrowed(module: str) -> dict[str, str]:
     path = file_of(module)
     if path.name != "__init__.py":
         return {}
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return {alias.asname or alias.name: f"{module}.{node.module}" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
+    imports = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom) and node.level == 1]
+    return {alias.name: f"{module}.{node.module}" for node in imports if node.module
             for alias in node.names if not alias.name.startswith("_") and alias.name != "main"}
 
 
@@ -58,17 +58,20 @@ def homes() -> dict[str, str]:
 
 @cache
 def names() -> dict[str, str]:
-    """What text calls them -> name under which they are described: `refattn.causal.causal_step`, `causal.causal_step`, and where no other has it and it
-    cannot be a mere word, `causal_step`; also `refattn.causal`."""
+    """What text calls them -> name under which they are described: `refattn.causal.causal_step`, `causal.causal_step`, and where no other has it and
+    it cannot be a mere word, `causal_step`; also `refattn.causal`."""
     found: dict[str, set[str]] = {}
     for module in modules():
         here = {node.name: f"{module}.{node.name}" for node in public(module)} | {name: f"{home}.{name}" for name, home in borrowed(module).items()}
         for name, full in here.items():
             described = homes().get(full, full)
-            for said in {f"{module}.{name}", f"{module}.{name}".removeprefix("refattn."), name if "_" in name and module != "refattn.oracle" else full}:
+            word = "_" not in name or module == "refattn.oracle"
+            for said in {f"{module}.{name}", f"{module}.{name}".removeprefix("refattn."), full if word else name}:
                 found.setdefault(said, set()).add(described)
         found[module] = {module}
-    return {said: full for said, (full, *others) in ((said, sorted(full)) for said, full in found.items()) if not others}
+    face = {f"refattn.{name}" for name in borrowed("refattn")}
+    one = {said: sorted(full & face or full) for said, full in found.items()}
+    return {said: full[0] for said, full in one.items() if len(full) == 1}
 
 
 def markdown(module: str) -> str:
@@ -118,7 +121,9 @@ def link(module: str, line: int) -> str:
 def body(docstring: str) -> str:
     """A docstring as Markdown: sections get headings, parameters become items, doctests code."""
     docstring = inspect.cleandoc(docstring)
-    start = re.search(r"^(?:%s)\n-{3,}$" % "|".join(HEADINGS), docstring, re.MULTILINE)
+    if "Examples\n---" not in docstring:
+        docstring = re.sub(r"\n\n(?=>>> )", "\n\nExamples\n--------\n", docstring, count=1)
+    start = re.search(rf"^(?:{'|'.join(HEADINGS)})\n-{{3,}}$", docstring, re.MULTILINE)
     if start is None:
         return prose(docstring)
     parts = [prose(docstring[:start.start()].rstrip())]
@@ -142,7 +147,9 @@ def item(name: str, kind: str, description: list[str]) -> str:
 
 
 def prose(text: str) -> str:
-    """Doctests as code, and bars inside the cells of a table as bars."""
+    """Doctests and aligned lines as code, and bars inside the cells of a table as bars."""
+    paragraphs = re.split(r"\n{2,}", text)
+    text = "\n\n".join(re.sub("^", "    ", p, flags=re.MULTILINE) if re.fullmatch(r"(\w+ {2,}\S.*\n?)+", p) else p for p in paragraphs)
     return "\n".join(_prose(text.splitlines()))
 
 

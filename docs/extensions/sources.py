@@ -1,7 +1,7 @@
 """Every file of source as a page, with a number on every line to link to.
 
-In Markdown a link to a file of the repository leads there, as does `source:refattn/linear.py#L12`; names in backticks too: `refattn.linear_attention` to
-the reference, `refattn/linear.py` to the file, `test_constant_values_pass_through` to the law. A name in a heading or in a link stays as it is.
+In Markdown a link to a file of the repository leads there, as does `source:refattn/linear.py#L12`; names in backticks too: `refattn.linear_attention`
+to the reference, `refattn/linear.py` to the file, `test_constant_values_pass_through` to the law. A name in a heading or in a link stays as it is.
 """
 from __future__ import annotations
 
@@ -62,8 +62,12 @@ class NamesBecomeLinks(SphinxTransform):
 
     def apply(self, **options: Any) -> None:
         for literal in list(self.document.findall(nodes.literal)):
+            text = literal.astext()
+            if isinstance(literal.parent.parent, nodes.entry):
+                parts = re.findall(r"[^._]*[._]+|[^._]+$", text)
+                literal[:] = [piece for part in parts for piece in (nodes.Text(part), nodes.raw("", "<wbr>", format="html"))][:-1]
             parents = (nodes.reference, addnodes.pending_xref, addnodes.download_reference, nodes.title, addnodes.desc_signature)
-            ancestor, name = literal.parent, literal.astext()
+            ancestor, name = literal.parent, text
             while ancestor is not None and not isinstance(ancestor, parents):
                 ancestor = ancestor.parent
             if ancestor is not None:
@@ -100,16 +104,18 @@ def pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
             lexer = get_lexer_for_filename(name)
         except ClassNotFound:
             lexer = TextLexer()
-        body = highlight(path.read_text(encoding="utf-8"), lexer, HtmlFormatter(linenos="inline", lineanchors="L", anchorlinenos=True, cssclass="highlight"))
+        formatter = HtmlFormatter(linenos="inline", lineanchors="L", anchorlinenos=True)
+        body = highlight(path.read_text(encoding="utf-8"), lexer, formatter)
         body = re.sub(r'(id|name|href)="(#?)L-(\d+)"', r'\1="\2L\3"', body)
         yield f"source/{name}", {"title": name, "body": f"<h1><code>{html.escape(name)}</code></h1>{body}"}, "page.html"
         parts = name.split("/")
         for i, part in enumerate(parts):
             folders.setdefault("/".join(parts[:i]), set()).add(part)
     for folder, inside in folders.items():
-        items = "".join(f'<li><a href="{name}{".html" if "/".join(filter(None, (folder, name))) in sources() else "/index.html"}"><code>{name}</code></a></li>'
-                        for name in sorted(inside))
-        yield posixpath.join("source", folder, "index"), {"title": folder or "Source", "body": f"<h1>{folder or 'Source'}</h1><ul>{items}</ul>"}, "page.html"
+        title = folder or "Sources"
+        links = {name: f"{name}.html" if posixpath.join(folder, name) in sources() else f"{name}/index.html" for name in sorted(inside)}
+        items = "".join(f'<li><a href="{to}"><code>{name}</code></a></li>' for name, to in links.items())
+        yield posixpath.join("source", folder, "index"), {"title": title, "body": f"<h1>{title}</h1><ul>{items}</ul>"}, "page.html"
 
 
 def copy(app: Sphinx, error: Exception | None) -> None:
