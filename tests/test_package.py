@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import configparser
+import importlib
 import importlib.metadata
 import importlib.util
 import inspect
@@ -260,7 +261,7 @@ def test_examples_in_documents_run(path: Path, tmp_path: Path, monkeypatch: pyte
         (tmp_path / name).write_text(content, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
-    blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```(?:python|\{code-cell\} \w+)\n(?::.*\n)*(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     if path.parent.name == "embed":
         for name in re.findall(r"^(?:import|from) (?:refattn\.adapters\.)?(\w+)", "\n".join(blocks), flags=re.MULTILINE):
             if importlib.util.find_spec(name) is None:
@@ -277,16 +278,25 @@ def test_links_in_documents_lead_somewhere(path):
     assert not broken, f"{path.name} links to {broken}"
 
 
+def exists(name: str) -> bool:
+    """A module of an extra that is not installed is there, too: importing it says which extra."""
+    try:
+        pkgutil.resolve_name(name)
+    except AttributeError:
+        try:
+            importlib.import_module(name if ROOT.joinpath(*name.split(".")).with_suffix(".py").is_file() else name.rpartition(".")[0])
+        except ImportError as error:
+            return "pip install 'refattn[" in str(error)
+        return False
+    except ImportError as error:
+        return "pip install 'refattn[" in str(error)
+    return True
+
+
 @pytest.mark.parametrize("path", documents(), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_names_in_documents_exist(path):
     """Every dotted name refattn.x.y in backticks can be imported, so that no document speaks of what is not there."""
-    absent = []
-    for name in set(re.findall(r"`(refattn(?:\.\w+)+)`", path.read_text(encoding="utf-8"))):
-        try:
-            pkgutil.resolve_name(name)
-        except (ImportError, AttributeError) as error:
-            if "pip install 'refattn[" not in str(error):                        # a module of an extra that is not installed is there
-                absent.append(name)
+    absent = [name for name in set(re.findall(r"`(refattn(?:\.\w+)+)`", path.read_text(encoding="utf-8"))) if not exists(name)]
     assert not absent, f"{path.name} speaks of {sorted(absent)}"
 
 
