@@ -32,7 +32,7 @@ myst_url_schemes = ["http", "https", "mailto", "source"]
 
 nb_execution_mode = "force"             # a cache would not see that the library has changed
 nb_execution_in_temp = True
-nb_execution_timeout = 120
+nb_execution_timeout = 600              # for a machine that has other things to do
 nb_execution_raise_on_error = True
 nb_output_stderr = "error"
 nb_merge_streams = True
