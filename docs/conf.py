@@ -18,6 +18,7 @@ html_title = "refattn"
 html_static_path = ["static", str(files("ziamath") / "fonts")]        # STIX Two Math
 html_css_files = ["site.css"]
 html_copy_source = False
+html_show_copyright = False
 html_math_renderer = "mathml"
 smartquotes = False
 highlight_language = "none"             # indented blocks are formulas as often as code; fenced ones name their language

@@ -97,6 +97,19 @@ def test_flash_linear_attention_is_as_the_page_says(page, rng, rule, decay):
     assert_within(end.numpy(), expected[1], bar[1] + rounding(expected[1], "float32"), "state")
 
 
+def test_several_value_heads_read_one_key_head_in_kda(page, rng):
+    pytest.importorskip("fla", reason="needs flash-linear-attention")
+    import torch
+    from fla.ops.kda.naive import naive_recurrent_kda
+    q, k, v, g, beta, state = draw(rng, "gated_delta", "channel", heads=2 * H)
+    q, k = q[:, :, :H], k[:, :, :H]
+    out, end = naive_recurrent_kda(*map(torch.from_numpy, (q, k, v, g, beta)), initial_state=torch.from_numpy(state), output_final_state=True)
+    case = (*(np.repeat(x, 2, axis=2) for x in (q, k)), v, g, beta, state)
+    expected, bar = page["fla"](*wide(*case), rule="gated_delta"), bounds(page, *case, D**-0.5)
+    assert_within(out.numpy(), expected[0], page["heads"](bar[0]) + rounding(expected[0], "float32"))
+    assert_within(end.numpy(), expected[1], bar[1] + rounding(expected[1], "float32"), "state")
+
+
 def test_flash_linear_attention_normalises_as_the_page_says(page, rng):
     pytest.importorskip("fla", reason="needs flash-linear-attention")
     import torch
@@ -203,3 +216,20 @@ def test_fast_transformers_is_as_the_page_says(page, rng, causal):
             ours_t, ours = page["fast_transformers_step"](*wide(q[:, t], k[:, t], v[:, t]), ours, eps=eps)
             assert_within(out_t.numpy(), ours_t, bar[:, t])
             assert [x.shape for x in state] == [x.shape for x in ours]
+
+
+def test_fast_transformers_softmax_and_unequal_lengths_are_as_the_page_says(page, rng):
+    pytest.importorskip("fast_transformers", reason="needs pytorch-fast-transformers")
+    import torch
+    from fast_transformers.attention import CausalLinearAttention, FullAttention
+    from fast_transformers.masking import FullMask, LengthMask, TriangularCausalMask
+    heads, whole = page["heads"], lambda n: LengthMask(torch.full((B,), n))
+    q, k, v = (rng.standard_normal((B, N, H, width)).astype(np.float32) for width in (D, D, M))
+    out = FullAttention().eval()(*map(torch.from_numpy, (q, k, v)), FullMask(N), whole(N), whole(N)).numpy()
+    assert_within(heads(out), softmax_attention(*map(heads, wide(q, k, v))), SLACK * softmax_forward_budget(*map(heads, (q, k, v)), key_block=1))
+    for L, S in ((3, N), (N, 3)):
+        tensors = (torch.from_numpy(x[:, :n].copy()) for x, n in ((q, L), (k, S), (v, S)))
+        out = CausalLinearAttention(D)(*tensors, TriangularCausalMask(N), whole(L), whole(S)).numpy()
+        ours, size = (heads(linear_attention(*map(heads, wide(q, k, x)), causal=True, key_lengths=np.full(B, S)))[:, :L] for x in (v, np.abs(v)))
+        phi = 2 * unit_roundoff("float32") / np.exp(min(q.min(), k.min(), 0.0))
+        assert_within(out, ours, (gamma(2 * (N + D) + 8, "float32") + 4 * phi) * size)

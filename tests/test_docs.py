@@ -129,3 +129,36 @@ def test_a_docstring_becomes_markdown_with_its_sections_doctests_and_bars(refere
         "What it does, |x| wide.", "", "| name | kernel |", "|---|---|", r"| a | exp(-\|q - k\|²) |", "", "**Parameters**", "",
         r"- **q, k** : (..., \*, D)" + "\\", "  Rows.", "", "**Raises**", "", "- ValueError\\", '  "q: expected".', "", "**Examples**", "", "",
         "```pycon", ">>> 1 + 1", "2", "```"))
+
+
+# --- what is done to a page before it is read ----------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def pages():
+    pytest.importorskip("sphinx", reason="needs the extra docs")
+    pytest.importorskip("numpydoc", reason="needs the extra docs")
+    return importlib.import_module("pages")
+
+
+@pytest.mark.parametrize("link, becomes", [
+    ("[a](../notation.md#numbers)", "[a](../notation.md#numbers)"),                                    # of the site
+    ("[a](../../README.md#install)", "[a](../readme.md#install)"),                                     # included in it
+    ("[a](../../refattn/linear.py)", "[a](source:refattn/linear.py)"), ("[a](../../refattn/cuda)", "[a](source:refattn/cuda)"),
+    ("[a](https://example.org/x.md)", "[a](https://example.org/x.md)"), ("[a](#b)", "[a](#b)"), ("x[0](y)", "x[0](y)"),
+    ("```python\n[a](../../README.md)\n```", "```python\n[a](../../README.md)\n```")])
+def test_a_link_leads_to_the_same_on_the_site(pages, link, becomes):
+    here = ROOT / "docs" / "derivations"
+    assert pages.relink(link, here, here) == becomes
+
+
+def test_links_of_the_readme_are_read_from_where_it_lies(pages):
+    assert pages.relink("[a](docs/cuda.md) [b](LICENSE)", ROOT, ROOT / "docs") == "[a](cuda.md) [b](source:LICENSE)"
+
+
+def test_python_blocks_become_cells_beside_the_files_that_the_page_shows(pages):
+    text = "In a file `x.cu`:\n\n```cpp\nint y;\n```\n\n```python\nprint(1)\n```\n\n```py\nleft\n```\n"
+    made = pages.cells(text)
+    assert made.startswith(pages.NOTEBOOK) and made.count("```{code-cell}") == 2
+    assert made.index("open('x.cu', 'w').write('int y;\\n')") < made.index("```{code-cell} python\nprint(1)")
+    assert "```py\nleft" in made and "```cpp\nint y;" in made
+    assert pages.cells("no code") == "no code"

@@ -35,7 +35,7 @@ def relink(text: str, here: Path, page: Path) -> str:
             return f"]({os.path.relpath(DOCS / INCLUDED[file], page)}{anchor})"
         if not file.exists() or not file.is_relative_to(ROOT):
             return match[0]
-        if file.is_relative_to(DOCS):
+        if file.is_relative_to(DOCS) and not file.is_relative_to(DOCS / "interactive"):
             return f"]({os.path.relpath(file, page)}{anchor})"
         return f"](source:{file.relative_to(ROOT).as_posix()}{anchor})"
 
