@@ -99,6 +99,7 @@ def test_a_module_shows_all_that_is_public_in_it_with_every_parameter(reference)
             if name in described:
                 arguments = ast.parse(f"def f({described[name]}): pass").body[0].args
                 assert names_of(arguments) == names_of(node.args), f"{module}.{name}"
+                assert not any(isinstance(part, ast.arg) and part.annotation for part in ast.walk(arguments)), f"{module}.{name}"
     shown = reference.markdown("refattn")
     import refattn
     assert set(refattn.__all__) == set(re.findall(r"^`{6}\{py:\w+\} (\w+)\(", shown, flags=re.MULTILINE))
@@ -110,7 +111,7 @@ def test_a_docstring_becomes_markdown_with_its_sections_doctests_and_bars(refere
 
         | name | kernel |
         |---|---|
-        | a | exp(-|q - k|²) |
+        | a | exp(-|q - k| / 2) |
 
         Parameters
         ----------
@@ -126,7 +127,7 @@ def test_a_docstring_becomes_markdown_with_its_sections_doctests_and_bars(refere
         2
         ''')
     assert shown == "\n".join((
-        "What it does, |x| wide.", "", "| name | kernel |", "|---|---|", r"| a | exp(-\|q - k\|²) |", "", "**Parameters**", "",
+        "What it does, |x| wide.", "", "| name | kernel |", "|---|---|", r"| a | exp(-\|q - k\| / 2) |", "", "**Parameters**", "",
         r"- **q, k** : (..., \*, D)" + "\\", "  Rows.", "", "**Raises**", "", "- ValueError\\", '  "q: expected".', "", "**Examples**", "", "",
         "```pycon", ">>> 1 + 1", "2", "```"))
 
@@ -153,6 +154,13 @@ def test_a_link_leads_to_the_same_on_the_site(pages, link, becomes):
 
 def test_links_of_the_readme_are_read_from_where_it_lies(pages):
     assert pages.relink("[a](docs/cuda.md) [b](LICENSE)", ROOT, ROOT / "docs") == "[a](cuda.md) [b](source:LICENSE)"
+
+
+def test_the_readme_is_read_where_a_page_includes_it_with_its_links_as_they_are_meant(pages):
+    source = ["```{include} ../README.md\n```\n"]
+    pages.read(None, "readme", source)
+    assert source[0].startswith(pages.NOTEBOOK) and "# refattn" in source[0]
+    assert "[linear](derivations/linear.md)" in source[0] and "[LICENSE](source:LICENSE)" in source[0] and "](docs/" not in source[0]
 
 
 def test_python_blocks_become_cells_beside_the_files_that_the_page_shows(pages):

@@ -31,14 +31,8 @@ def modules() -> list[str]:
 
 def public(module: str) -> list[Definition]:
     """The functions and classes that a module defines, but for private ones."""
-    found: list[Definition] = []
-    todo = ast.parse(file_of(module).read_text(encoding="utf-8")).body
-    for node in todo:
-        if isinstance(node, (ast.If, ast.Try)):
-            todo += node.body
-        elif isinstance(node, Definition) and not node.name.startswith("_"):
-            found.append(node)
-    return found
+    body = ast.parse(file_of(module).read_text(encoding="utf-8")).body
+    return [node for node in body if isinstance(node, Definition) and not node.name.startswith("_")]
 
 
 def borrowed(module: str) -> dict[str, str]:
