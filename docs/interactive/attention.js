@@ -112,8 +112,8 @@ const Attention = (() => {
         R = R.map((row, d) => row.map((value, m) => value - k[t][d] * de[m]));
       }
       if (g) {
-        const each = P.map((row, d) => dot(row, R[d]));               // P = Diag(exp g) S:  dg = Σ_m P ⊙ dP,   R = Diag(a) dP
-        dg[t] = Float64Array.from(g[t].length > 1 ? each : [each.reduce((x, y) => x + y, 0)]);
+        const perChannel = P.map((row, d) => dot(row, R[d]));         // P = Diag(exp g) S:  dg = Σ_m P ⊙ dP,   R = Diag(a) dP
+        dg[t] = Float64Array.from(g[t].length > 1 ? perChannel : [perChannel.reduce((x, y) => x + y, 0)]);
         R = R.map((row, d) => row.map(value => a[d] * value));
       }
     }

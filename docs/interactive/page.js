@@ -118,9 +118,10 @@ function fill(value, range) {                   // in proportion between the col
 }
 
 // X (rows, columns) drawn into `host`, an element that is kept between calls; a NaN leaves its cell out. options: name of X, range of the colours,
-// rows and columns (labels), frame (a row, a column, or both), later (the first row or column that is not yet reached), cut (a line before a column).
-function heat(host, X, { name, range, rows = null, columns = null, frame = {}, later = {}, cut = null, strongest = false, legend = true }) {
-  const n = X.length, m = X[0].length, cell = 10, tall = Math.min(cell, 160 / n), size = Math.min(7.5, tall);
+// flat (low cells), rows and columns (labels), frame (a row, a column, or both), later (the first row or column that is not yet reached), cut (a column
+// with colours of its own range, behind a line).
+function heat(host, X, { name, range, flat = false, rows = null, columns = null, frame = {}, later = {}, cut = null, strongest = false, legend = true }) {
+  const n = X.length, m = X[0].length, cell = 10, tall = Math.min(flat ? cell * 0.55 : cell, 160 / n), size = Math.min(7.5, 3.8 + 0.16 * m);
   const left = rows ? cell : 0, top = columns ? cell : 0, shape = [n, m, !!rows, !!columns].join();
   let svg = host.querySelector("svg");
   if (host.dataset.shape !== shape) {
@@ -128,6 +129,7 @@ function heat(host, X, { name, range, rows = null, columns = null, frame = {}, l
     svg?.remove();
     host.querySelector(".scale")?.remove();
     svg = element("svg", { viewBox: `0 0 ${left + m * cell} ${top + n * tall}`, role: "img", tabindex: 0 });
+    svg.style.maxWidth = `${(left + m * cell) * 3.4}px`;                       // a few large cells say no more than a few small ones
     svg.append(element("g"));
     for (let i = 0; i < n; i++) for (let j = 0; j < m; j++) {
       svg.firstChild.append(element("rect", { class: "cell", x: left + j * cell, y: top + i * tall, width: cell, height: tall, "data-row": i, "data-column": j }));
@@ -138,11 +140,12 @@ function heat(host, X, { name, range, rows = null, columns = null, frame = {}, l
   }
   const [cells, marks] = svg.children;
   const isLater = (i, j) => i >= (later.row ?? Infinity) || j >= (later.column ?? Infinity);
+  const cutRange = cut === null ? range : largest(X.map(row => row.slice(cut)));
   let at = 0;
   for (let i = 0; i < n; i++) for (let j = 0; j < m; j++) {
     const rect = cells.children[at++], value = X[i][j];
     rect.dataset.value = value;
-    rect.setAttribute("fill", Number.isNaN(value) ? "none" : fill(value, range));
+    rect.setAttribute("fill", Number.isNaN(value) ? "none" : fill(value, cut === j ? cutRange : range));
     rect.classList.toggle("later", isLater(i, j));
   }
   marks.replaceChildren();
@@ -181,11 +184,11 @@ const sub = (letter, index = "t") => `<i>${letter}<sub>${index}</sub></i>`, T = 
 const EQUATIONS = {
   attention: [`${sub("S")} = ${BEFORE_T} + φ(${sub("k")}) ${sub("v")}${T}, &ensp; ${sub("z")} = ${sub("z", "t−1")} + φ(${sub("k")}), &ensp; `
     + `${sub("o")} = ${sub("S")}${T}φ(${sub("q")}) / (${sub("z")}${T}φ(${sub("q")}) + ε)`,
-    "The last column is <i>z</i>, the sum of all mapped keys: appended to <i>v</i> as a column of ones, the normaliser is one more value. Nothing is ever taken out."],
+    "The last column, with colours of its own range, is <i>z</i>, the sum of all mapped keys: with a 1 appended to each <i>v</i>, the normaliser is one more value. Nothing is ever taken out."],
   linear: [`${sub("S")} = ${BEFORE_T} + ${sub("k")} ${sub("v")}${T}, &ensp; ${sub("o")} = ${sub("S")}${T} ${sub("q")}`,
     "Each write is added on top of all that is there. A key that comes twice gets the sum of both values."],
   gated: [`${sub("S")} = Diag(e<sup><i>g</i></sup>) ${BEFORE_T} + ${sub("k")} ${sub("v")}${T}, &ensp; ${sub("o")} = ${sub("S")}${T} ${sub("q")}`,
-    "Before each write everything fades by <i>a</i> = e<sup><i>g</i></sup>. Lower the decay and the map of panel 4 shrinks to its diagonal."],
+    "Before each write everything fades by <i>a</i> = e<sup><i>g</i></sup>. Lower the decay and the map of who looks at whom shrinks to its diagonal."],
   delta: [`${sub("S")} = ${BEFORE_T} + β ${sub("k")} (${sub("v")} − ${BEFORE_T}${T}${sub("k")})${T}, &ensp; ${sub("o")} = ${sub("S")}${T} ${sub("q")}`,
     "What the state already says under the key is subtracted first: only the error is written. Where nothing is new, nothing is written."],
   gated_delta: [`${sub("P")} = Diag(e<sup><i>g</i></sup>) ${BEFORE_T}, &ensp; ${sub("S")} = ${sub("P")} + β ${sub("k")} (${sub("v")} − ${sub("P")}${T}${sub("k")})${T}, `
@@ -211,11 +214,11 @@ const START = {
 let settings = { ...START };
 
 const EXPERIMENTS = [
-  ["Start", { t: 11 }, "Linear attention as in the paper, on abracadabra. Press play and watch the state fill; compare the first two maps of panel 4."],
+  ["Start", { t: 11 }, "Linear attention as in the paper, on abracadabra. Press play and watch the state fill; compare the first two maps of “Who looks at whom”. elu1 is positive, so all keys have much in common, and every answer leans towards what is stored most often. Then choose another feature map, or rule delta."],
   ["Overwrite", { text: "abaca", mechanism: "delta", map: "identity", beta: 1, t: 5 },
     "a was followed by b, then by c: the same key is written twice. Asked for a, rule delta answers c, since position 4 took b out before it wrote c. Now choose rule linear: b and c in equal parts."],
   ["Half a write", { text: "abacacac", mechanism: "delta", map: "identity", beta: 0.5, t: 8 },
-    "With β = 0.5 half of the error is written each time: after a, the share of b halves with every c. Move β and watch row a of panel 3."],
+    "With β = 0.5 half of the error is written each time: after a, the share of b halves with every c. Move β and watch row a of “What it knows”."],
   ["Forget", { text: "abracadabra", mechanism: "gated", map: "identity", decay: 0.7, t: 11 },
     "Before each write the state fades to 0.7 of itself, so each weight of the third map is 0.7 to the power of its age. Set the decay to 0: only the diagonal is left, each position sees only itself."],
   ["Nearly softmax", { mechanism: "attention", map: "taylor2", sharpness: 1.5, t: 11 },
@@ -229,23 +232,24 @@ const EXPERIMENTS = [
 function showState(made) {
   const { chosen } = made, { mechanism, t } = settings, { P, write, S, u } = chosen.steps[t - 1];
   const normalised = mechanism === "attention", corrects = hasBeta(mechanism), asked = Attention.fromLeft(chosen.phiK[t - 1], P);
-  const range = largest(...chosen.steps.map(step => step.S)), cut = normalised ? D : null, padded = row => (normalised ? [...row, NaN] : row);
+  const range = largest(...chosen.steps.map(step => step.S.map(row => row.slice(0, D)))), cut = normalised ? D : null, padded = row => (normalised ? [...row, NaN] : row);
   const column = x => Array.from(x, value => [value]), over = rows => largest(rows);
   const k = normalised ? "φ(k<sub>t</sub>)" : "k<sub>t</sub>", q = normalised ? "φ(q<sub>t</sub>)" : "q<sub>t</sub>";
   const blocks = {
-    kept: [P, "P", corrects && [chosen.phiK[t - 1], asked], k, "P<sub>t</sub>⊤k<sub>t</sub>, known already"],
-    written: [write, "k uᵀ", [chosen.phiK[t - 1], u], k, corrects ? "u<sub>t</sub> = β (v<sub>t</sub> − P<sub>t</sub>⊤k<sub>t</sub>)" : normalised ? "(v<sub>t</sub>, 1)" : "u<sub>t</sub> = v<sub>t</sub>"],
+    kept: [P, "P", corrects && [chosen.phiK[t - 1], asked], k, `P<sub>t</sub>${T}k<sub>t</sub>, known already`],
+    written: [write, "k uᵀ", [chosen.phiK[t - 1], u], k, corrects ? `u<sub>t</sub> = β (v<sub>t</sub> − P<sub>t</sub>${T}k<sub>t</sub>)` : normalised ? "(v<sub>t</sub>, 1)" : "u<sub>t</sub> = v<sub>t</sub>"],
     state: [S, "S", [chosen.phiQ[t - 1], padded(chosen.out[t - 1])], q, "o<sub>t</sub>, what is read"],
   };
   for (const [name, [X, called, vectors, leftName, topName]] of Object.entries(blocks)) {
     const block = document.querySelector(`[data-block=${name}]`), [corner, top, left, host] = block.querySelector(".vectors").children;
+    block.querySelector(".vectors").style.gridTemplateColumns = `minmax(0, 1fr) minmax(0, ${X[0].length}fr)`;     // cells of one size
     heat(host, X, { name: called, range, cut });
     top.style.visibility = left.style.visibility = corner.style.visibility = vectors ? "" : "hidden";
     const shown = vectors || [chosen.phiK[t - 1], u];
     corner.innerHTML = `<small>${leftName}</small>`;
     top.firstChild.innerHTML = topName;
     heat(left, column(shown[0]), { name: leftName.replace(/<.*?>/g, ""), range: over(name === "state" ? chosen.phiQ : chosen.phiK), legend: false });
-    heat(top, [shown[1]], { name: name === "state" ? "o" : name === "written" ? "u" : "Pᵀk", range: over(name === "state" ? chosen.out : chosen.steps.map(step => step.u)), cut, legend: false });
+    heat(top, [shown[1]], { name: name === "state" ? "o" : name === "written" ? "u" : "Pᵀk", range: over(name === "state" ? chosen.out : chosen.steps.map(step => step.u)), cut: name === "written" ? cut : null, legend: false });
   }
   const [equation, look] = EQUATIONS[mechanism];
   $("state-equation").innerHTML = equation;
@@ -280,13 +284,13 @@ function showChips(made) {
   });
 }
 
-const PAD = { width: 720, height: 200, margin: 20 };
-const padX = t => (t + 0.5) * PAD.width / LONGEST, padY = h => PAD.height - PAD.margin - h * (PAD.height - 2 * PAD.margin);
+const PAD = { height: 200, margin: 20 };
+const padY = h => PAD.height - PAD.margin - h * (PAD.height - 2 * PAD.margin);
 function showPad(made) {
-  const pad = $("pad"), line = (name, values) => element("polyline", {
+  const pad = $("pad"), wide = pad.clientWidth, padX = t => (t + 0.5) * wide / LONGEST, line = (name, values) => element("polyline", {
     class: name, "data-values": JSON.stringify(values), points: values.map((h, t) => `${padX(t)},${padY(Math.max(-1, Math.min(2, Number.isFinite(h) ? h : 0)))}`).join(" "),
   });
-  pad.setAttribute("viewBox", `0 0 ${PAD.width} ${PAD.height}`);
+  pad.setAttribute("viewBox", `0 0 ${wide} ${PAD.height}`);
   pad.replaceChildren(
     element("line", { class: "now", x1: padX(settings.t - 1), x2: padX(settings.t - 1), y1: 0, y2: PAD.height }),
     line("softmax", made.softmaxRemembered), line("remembered", made.remembered),
@@ -302,7 +306,7 @@ function showHeats(made) {
   map("map-rule", ruled.weights, "A");
   const ruleWords = mechanism === "attention" ? "rule linear, not divided" : mechanismName(rule);
   $("map-rule-name").textContent = $("out-rule-name").textContent = ruleWords;
-  const columns = (host, X, name, range, at, after) => heat(hosts[host], X, { name, range, columns: names, frame: { column: at }, later: { column: after } });
+  const columns = (host, X, name, range, at, after) => heat(hosts[host], X, { name, range, flat: true, columns: names, frame: { column: at }, later: { column: after } });
   const range = largest(made.v, softmax.out, attention.out);
   columns("values", across(made.v), "v", range, t - 1, t);
   columns("out-softmax", across(softmax.out), "softmax o", range, t - 1, t);
@@ -347,7 +351,7 @@ function showControls(made) {
   $("curve-input").hidden = mode !== "curve";
   for (const name of document.querySelectorAll(".mechanism")) name.textContent = mechanismName(mechanism);
   const playing = player !== null;
-  $("play").textContent = playing ? "⏸" : "▶";
+  $("play").querySelector("path").setAttribute("d", playing ? "M3 2h4v12H3zM9 2h4v12H9z" : "M4 2v12l10-6z");
   $("play").setAttribute("aria-label", playing ? "Pause" : "Play");
 }
 
@@ -446,6 +450,7 @@ document.addEventListener("keydown", event => {
   if (next) read(next);
 });
 dark.addEventListener("change", () => { readPalette(); render(); });
+addEventListener("resize", render);
 
 readPalette();
 $("experiments").firstChild.click();
