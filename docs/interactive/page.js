@@ -118,11 +118,11 @@ function fill(value, range) {                   // in proportion between the col
 }
 
 // X (rows, columns) drawn into `host`, an element that is kept between calls; a NaN leaves its cell out. options: name of X, range of the colours,
-// flat (low cells), rows and columns (labels), frame (a row, a column, or both), later (the first row or column that is not yet reached), cut (a column
-// with colours of its own range, behind a line).
-function heat(host, X, { name, range, flat = false, rows = null, columns = null, frame = {}, later = {}, cut = null, strongest = false, legend = true }) {
-  const n = X.length, m = X[0].length, cell = 10, tall = Math.min(flat ? cell * 0.55 : cell, 160 / n), size = Math.min(7.5, 3.8 + 0.16 * m);
-  const left = rows ? cell : 0, top = columns ? cell : 0, shape = [n, m, !!rows, !!columns].join();
+// tall (how high a cell is, of a width of 10), rows and columns (labels), frame (a row, a column, or both), later (the first row or column that is not yet
+// reached), cut (a column with colours of its own range, behind a line), strongest (frame the largest of each row).
+function heat(host, X, { name, range, tall = 10, rows = null, columns = null, frame = {}, later = {}, cut = null, strongest = false, legend = true }) {
+  const n = X.length, m = X[0].length, cell = 10, size = Math.min(7.5, 3.8 + 0.16 * m);
+  const left = rows ? cell : 0, top = columns ? cell : 0, shape = [n, m, tall, !!rows, !!columns].join();
   let svg = host.querySelector("svg");
   if (host.dataset.shape !== shape) {
     host.dataset.shape = shape;
@@ -181,27 +181,29 @@ for (const block of document.querySelectorAll(".block")) {
 // --- the document ------------------------------------------------------------------------------------------------------------------------
 
 const sub = (letter, index = "t") => `<i>${letter}<sub>${index}</sub></i>`, T = "<sup>⊤</sup>", BEFORE_T = sub("S", "t−1");
+const equation = (...parts) => parts.map(part => `<span class="keep">${part}</span>`).join(" &ensp; ");
+const READ = `${sub("o")} = ${sub("S")}${T} ${sub("q")}`;
 const EQUATIONS = {
-  attention: [`${sub("S")} = ${BEFORE_T} + φ(${sub("k")}) ${sub("v")}${T}, &ensp; ${sub("z")} = ${sub("z", "t−1")} + φ(${sub("k")}), &ensp; `
-    + `${sub("o")} = ${sub("S")}${T}φ(${sub("q")}) / (${sub("z")}${T}φ(${sub("q")}) + ε)`,
-    "The last column, with colours of its own range, is <i>z</i>, the sum of all mapped keys: with a 1 appended to each <i>v</i>, the normaliser is one more value. Nothing is ever taken out."],
-  linear: [`${sub("S")} = ${BEFORE_T} + ${sub("k")} ${sub("v")}${T}, &ensp; ${sub("o")} = ${sub("S")}${T} ${sub("q")}`,
+  attention: [equation(`${sub("S")} = ${BEFORE_T} + φ(${sub("k")}) ${sub("v")}${T},`, `${sub("z")} = ${sub("z", "t−1")} + φ(${sub("k")}),`,
+    `${sub("o")} = ${sub("S")}${T}φ(${sub("q")}) / (${sub("z")}${T}φ(${sub("q")}) + ε)`),
+  "The last column, with colours of its own range, is <i>z</i>, the sum of all mapped keys: with a 1 appended to each <i>v</i>, the normaliser is one more value. Nothing is ever taken out."],
+  linear: [equation(`${sub("S")} = ${BEFORE_T} + ${sub("k")} ${sub("v")}${T},`, READ),
     "Each write is added on top of all that is there. A key that comes twice gets the sum of both values."],
-  gated: [`${sub("S")} = Diag(e<sup><i>g</i></sup>) ${BEFORE_T} + ${sub("k")} ${sub("v")}${T}, &ensp; ${sub("o")} = ${sub("S")}${T} ${sub("q")}`,
+  gated: [equation(`${sub("S")} = Diag(e<sup><i>g</i></sup>) ${BEFORE_T} + ${sub("k")} ${sub("v")}${T},`, READ),
     "Before each write everything fades by <i>a</i> = e<sup><i>g</i></sup>. Lower the decay and the map of who looks at whom shrinks to its diagonal."],
-  delta: [`${sub("S")} = ${BEFORE_T} + β ${sub("k")} (${sub("v")} − ${BEFORE_T}${T}${sub("k")})${T}, &ensp; ${sub("o")} = ${sub("S")}${T} ${sub("q")}`,
+  delta: [equation(`${sub("S")} = ${BEFORE_T} + β ${sub("k")} (${sub("v")} − ${BEFORE_T}${T}${sub("k")})${T},`, READ),
     "What the state already says under the key is subtracted first: only the error is written. Where nothing is new, nothing is written."],
-  gated_delta: [`${sub("P")} = Diag(e<sup><i>g</i></sup>) ${BEFORE_T}, &ensp; ${sub("S")} = ${sub("P")} + β ${sub("k")} (${sub("v")} − ${sub("P")}${T}${sub("k")})${T}, `
-    + `&ensp; ${sub("o")} = ${sub("S")}${T} ${sub("q")}`,
+  gated_delta: [equation(`${sub("P")} = Diag(e<sup><i>g</i></sup>) ${BEFORE_T},`, `${sub("S")} = ${sub("P")} + β ${sub("k")} (${sub("v")} − ${sub("P")}${T}${sub("k")})${T},`, READ),
     "Everything fades, then the error under the key is written: the decay forgets what nobody asks for, the correction what is out of date."],
 };
-const GRADIENT_EQUATIONS = {
-  attention: `<i>G</i> = (d<i>o</i> | −d<i>o</i>${T}<i>o</i>) / den, &ensp; <i>R</i> ← <i>R</i> + φ(<i>q</i>) <i>G</i>${T}, &ensp; dφ(<i>q</i>) = (<i>S</i> | <i>z</i>) <i>G</i>, `
-    + `&ensp; dφ(<i>k</i>) = <i>R</i> (<i>v</i>, 1), &ensp; d<i>v</i> = <i>R</i>${T}φ(<i>k</i>)`,
-  add: `<i>R</i> ← <i>R</i> + <i>q</i> d<i>o</i>${T}, &ensp; d<i>q</i> = <i>S</i> d<i>o</i>, &ensp; d<i>k</i> = <i>R v</i>, &ensp; d<i>v</i> = <i>R</i>${T}<i>k</i>`,
-  correct: `<i>R</i> ← <i>R</i> + <i>q</i> d<i>o</i>${T}, &ensp; d<i>q</i> = <i>S</i> d<i>o</i>, &ensp; d<i>v</i> = β <i>R</i>${T}<i>k</i>, &ensp; `
-    + `d<i>k</i> = <i>R u</i> − <i>P</i> d<i>v</i>, &ensp; dβ = <i>e</i>${T}<i>R</i>${T}<i>k</i>, &ensp; <i>R</i> ← <i>R</i> − <i>k</i> d<i>v</i>${T}`,
-  fade: `, &ensp; d<i>g</i> = Σ <i>P</i> ⊙ <i>R</i>, &ensp; <i>R</i> ← Diag(e<sup><i>g</i></sup>) <i>R</i>`,
+const OUTPUT_BACK = [`<i>R</i> ← <i>R</i> + <i>q</i> d<i>o</i>${T},`, `d<i>q</i> = <i>S</i> d<i>o</i>,`];
+const GRADIENTS = {
+  attention: [`<i>G</i> = (d<i>o</i> | −d<i>o</i>${T}<i>o</i>) / den,`, `<i>R</i> ← <i>R</i> + φ(<i>q</i>) <i>G</i>${T},`, `dφ(<i>q</i>) = (<i>S</i> | <i>z</i>) <i>G</i>,`,
+    `dφ(<i>k</i>) = <i>R</i> (<i>v</i>, 1),`, `d<i>v</i> = <i>R</i>${T}φ(<i>k</i>)`],
+  add: [...OUTPUT_BACK, `d<i>k</i> = <i>R v</i>,`, `d<i>v</i> = <i>R</i>${T}<i>k</i>`],
+  correct: [...OUTPUT_BACK, `d<i>v</i> = β <i>R</i>${T}<i>k</i>,`, `d<i>k</i> = <i>R u</i> − <i>P</i> d<i>v</i>,`, `dβ = <i>e</i>${T}<i>R</i>${T}<i>k</i>,`,
+    `<i>R</i> ← <i>R</i> − <i>k</i> d<i>v</i>${T}`],
+  fade: [`d<i>g</i> = Σ <i>P</i> ⊙ <i>R</i>,`, `<i>R</i> ← Diag(e<sup><i>g</i></sup>) <i>R</i>`],
 };
 
 const mechanismName = mechanism => (mechanism === "attention" ? "linear attention" : `rule ${mechanism}`);
@@ -219,10 +221,10 @@ const EXPERIMENTS = [
     "a was followed by b, then by c: the same key is written twice. Asked for a, rule delta answers c, since position 4 took b out before it wrote c. Now choose rule linear: b and c in equal parts."],
   ["Half a write", { text: "abacacac", mechanism: "delta", map: "identity", beta: 0.5, t: 8 },
     "With β = 0.5 half of the error is written each time: after a, the share of b halves with every c. Move β and watch row a of “What it knows”."],
-  ["Forget", { text: "abracadabra", mechanism: "gated", map: "identity", decay: 0.7, t: 11 },
-    "Before each write the state fades to 0.7 of itself, so each weight of the third map is 0.7 to the power of its age. Set the decay to 0: only the diagonal is left, each position sees only itself."],
+  ["Forget", { text: "aaaaaaaaaaaa", mechanism: "gated", map: "identity", decay: 0.7, t: 12 },
+    "One key at all positions but the first, so nothing but age tells them apart: each weight of the third map is 0.7 to the power of its age. Set the decay to 1 and all count alike; set it to 0 and each position sees only itself."],
   ["Nearly softmax", { mechanism: "attention", map: "taylor2", sharpness: 1.5, t: 11 },
-    "taylor2 is the beginning of the exponential series: with 73 features in place of 8 its map is nearly that of softmax. Raise the sharpness, and the series is too short: softmax goes on, taylor2 lags behind."],
+    "taylor2 is the beginning of the exponential series: with 73 features in place of 8 its map is nearly that of softmax. Raise the sharpness, and the series is too short: softmax grows sharper, taylor2 lags behind."],
   ["Smooth a curve", { mode: "curve", mechanism: "attention", map: "relu2", sharpness: 12, t: LONGEST },
     "Attention with positions for keys is smoothing: what is remembered is a weighted mean of the heights nearby. Lower the sharpness and both curves go flat. Then choose rule delta with the identity, and draw your own."],
   ["Overshoot", { text: "aaaaaaaa", mechanism: "delta", map: "identity", unit: false, sharpness: 2.5, beta: 1, t: 8 },
@@ -233,7 +235,7 @@ function showState(made) {
   const { chosen } = made, { mechanism, t } = settings, { P, write, S, u } = chosen.steps[t - 1];
   const normalised = mechanism === "attention", corrects = hasBeta(mechanism), asked = Attention.fromLeft(chosen.phiK[t - 1], P);
   const range = largest(...chosen.steps.map(step => step.S.map(row => row.slice(0, D)))), cut = normalised ? D : null, padded = row => (normalised ? [...row, NaN] : row);
-  const column = x => Array.from(x, value => [value]), over = rows => largest(rows);
+  const column = x => Array.from(x, value => [value]), over = rows => largest(rows), tall = Math.min(10, 160 / S.length);
   const k = normalised ? "φ(k<sub>t</sub>)" : "k<sub>t</sub>", q = normalised ? "φ(q<sub>t</sub>)" : "q<sub>t</sub>";
   const blocks = {
     kept: [P, "P", corrects && [chosen.phiK[t - 1], asked], k, `P<sub>t</sub>${T}k<sub>t</sub>, known already`],
@@ -243,17 +245,15 @@ function showState(made) {
   for (const [name, [X, called, vectors, leftName, topName]] of Object.entries(blocks)) {
     const block = document.querySelector(`[data-block=${name}]`), [corner, top, left, host] = block.querySelector(".vectors").children;
     block.querySelector(".vectors").style.gridTemplateColumns = `minmax(0, 1fr) minmax(0, ${X[0].length}fr)`;     // cells of one size
-    heat(host, X, { name: called, range, cut });
+    heat(host, X, { name: called, range, cut, tall });
     top.style.visibility = left.style.visibility = corner.style.visibility = vectors ? "" : "hidden";
     const shown = vectors || [chosen.phiK[t - 1], u];
     corner.innerHTML = `<small>${leftName}</small>`;
     top.firstChild.innerHTML = topName;
-    heat(left, column(shown[0]), { name: leftName.replace(/<.*?>/g, ""), range: over(name === "state" ? chosen.phiQ : chosen.phiK), legend: false });
+    heat(left, column(shown[0]), { name: leftName.replace(/<.*?>/g, ""), range: over(name === "state" ? chosen.phiQ : chosen.phiK), tall, legend: false });
     heat(top, [shown[1]], { name: name === "state" ? "o" : name === "written" ? "u" : "Pᵀk", range: over(name === "state" ? chosen.out : chosen.steps.map(step => step.u)), cut: name === "written" ? cut : null, legend: false });
   }
-  const [equation, look] = EQUATIONS[mechanism];
-  $("state-equation").innerHTML = equation;
-  $("state-look").innerHTML = look;
+  [$("state-equation").innerHTML, $("state-look").innerHTML] = EQUATIONS[mechanism];
   const size = dot(chosen.phiK[t - 1], chosen.phiK[t - 1]), step = corrects ? settings.beta * size : null;
   const words = settings.mode === "text" ? `Position ${t} writes “${made.labels[t - 1]}” under “${t > 1 ? made.labels[t - 2] : "start"}” and asks for “${made.labels[t - 1]}”. `
     : `Position ${t} writes the height ${number(settings.curve[t - 1])}. `;
@@ -306,7 +306,7 @@ function showHeats(made) {
   map("map-rule", ruled.weights, "A");
   const ruleWords = mechanism === "attention" ? "rule linear, not divided" : mechanismName(rule);
   $("map-rule-name").textContent = $("out-rule-name").textContent = ruleWords;
-  const columns = (host, X, name, range, at, after) => heat(hosts[host], X, { name, range, flat: true, columns: names, frame: { column: at }, later: { column: after } });
+  const columns = (host, X, name, range, at, after) => heat(hosts[host], X, { name, range, tall: 5.5, columns: names, frame: { column: at }, later: { column: after } });
   const range = largest(made.v, softmax.out, attention.out);
   columns("values", across(made.v), "v", range, t - 1, t);
   columns("out-softmax", across(softmax.out), "softmax o", range, t - 1, t);
@@ -320,8 +320,8 @@ function showHeats(made) {
   hosts.dbeta.hidden = !gradients.dbeta;
   if (gradients.dg) columns("dg", across(gradients.dg), "dg", largest(gradients.dg), focus - 1);
   if (gradients.dbeta) columns("dbeta", [gradients.dbeta], "dβ", largest([gradients.dbeta]), focus - 1);
-  $("gradient-equation").innerHTML = mechanism === "attention" ? GRADIENT_EQUATIONS.attention
-    : GRADIENT_EQUATIONS[hasBeta(rule) ? "correct" : "add"] + (hasDecay(rule) ? GRADIENT_EQUATIONS.fade : "");
+  $("gradient-equation").innerHTML = equation(...(mechanism === "attention" ? GRADIENTS.attention
+    : [...GRADIENTS[hasBeta(rule) ? "correct" : "add"], ...(hasDecay(rule) ? GRADIENTS.fade : [])]));
   $("focus-name").textContent = focus;
   if (text) {
     for (const [host, X, name] of [["answers-softmax", made.softmaxAnswers, "softmax answer"], ["answers", made.answers, "answer"]]) {
