@@ -48,7 +48,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
-    """The page as a reader opens it, from a file. At the end: no error, no warning, and nothing asked for but its own four files."""
+    """The page as a reader opens it, from a file. At the end: no error, no warning, and nothing asked for but its own five files."""
     context = browser.new_context(viewport={"width": 1360, "height": 900})
     opened, said, requests = context.new_page(), [], set()
     opened.on("console", lambda message: said.append(message.text))
@@ -58,7 +58,7 @@ def page(browser: Any) -> Iterator[Any]:
     yield opened
     context.close()
     assert said == []
-    assert requests <= {(PAGE.parent / name).as_uri() for name in ("index.html", "style.css", "attention.js", "page.js")} | {"data:,"}
+    assert requests <= {(PAGE.parent / name).as_uri() for name in ("index.html", "style.css", "attention.js", "words.js", "page.js")} | {"data:,"}
 
 
 def run(page: Any, code: str, *arguments: Any) -> Any:

@@ -3,7 +3,7 @@
 // Each cell of a heat map carries its number as data-value.
 
 const { vector, matrix, dot } = Attention;
-const D = 8, LONGEST = 24;                      // features of queries, keys and values; positions
+const D = 8;                                    // features of queries, keys and values
 const $ = id => document.getElementById(id);
 
 // --- a sequence becomes q, k and v ----------------------------------------------------------------------------------------------------
@@ -96,13 +96,15 @@ const element = (name, attributes = {}, text) => {
   return made;
 };
 
+const visible = character => (character === " " ? "␣" : character);
 const number = x => {
-  const size = Math.abs(x);
-  const text = size === 0 ? "0" : !Number.isFinite(x) ? String(x) : size >= 1e4 || size < 1e-3 ? x.toExponential(1) : x.toPrecision(3);
+  const scientific = Math.abs(x) >= 1e4 || Math.abs(x) < 1e-3;
+  const text = x === 0 ? "0" : !Number.isFinite(x) ? String(x) : scientific ? x.toExponential(1) : x.toPrecision(3);
   return text.replace("-", "−").replace("e+", "e");
 };
 
-const largest = (...matrices) => Math.max(0, ...matrices.flatMap(X => X.flatMap(row => Array.from(row, x => (Number.isFinite(x) ? Math.abs(x) : 0)))));
+const size = x => (Number.isFinite(x) ? Math.abs(x) : 0);
+const largest = (...matrices) => Math.max(0, ...matrices.flatMap(X => X.flatMap(row => Array.from(row, size))));
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
 let palette;
@@ -118,10 +120,11 @@ function fill(value, range) {                   // in proportion between the col
 }
 
 // X (rows, columns) drawn into `host`, an element that is kept between calls; a NaN leaves its cell out. options: name of X, range of the colours,
-// tall (how high a cell is, of a width of 10), rows and columns (labels), frame (a row, a column, or both), later (the first row or column that is not yet
-// reached), cut (a column with colours of its own range, behind a line), strongest (frame the largest of each row).
-function heat(host, X, { name, range, tall = 10, rows = null, columns = null, frame = {}, later = {}, cut = null, strongest = false, legend = true }) {
-  const n = X.length, m = X[0].length, cell = 10, size = Math.min(7.5, 3.8 + 0.16 * m);
+// tall (how high a cell is, of a width of 10), rows and columns (labels), frame (a row, a column, or both), later (the first row or column that is
+// not yet reached), cut (a column with colours of its own range, behind a line), strongest (frame the largest of each row).
+function heat(host, X, options) {
+  const { name, range, tall = 10, rows = null, columns = null, frame = {}, later = {}, cut = null, strongest = false, legend = true } = options;
+  const n = X.length, m = X[0].length, cell = 10, fontSize = Math.min(7.5, 3.8 + 0.16 * m);
   const left = rows ? cell : 0, top = columns ? cell : 0, shape = [n, m, tall, !!rows, !!columns].join();
   let svg = host.querySelector("svg");
   if (host.dataset.shape !== shape) {
@@ -132,7 +135,8 @@ function heat(host, X, { name, range, tall = 10, rows = null, columns = null, fr
     svg.style.maxWidth = `${(left + m * cell) * 3.4}px`;                       // a few large cells say no more than a few small ones
     svg.append(element("g"));
     for (let i = 0; i < n; i++) for (let j = 0; j < m; j++) {
-      svg.firstChild.append(element("rect", { class: "cell", x: left + j * cell, y: top + i * tall, width: cell, height: tall, "data-row": i, "data-column": j }));
+      const place = { x: left + j * cell, y: top + i * tall, width: cell, height: tall };
+      svg.firstChild.append(element("rect", { class: "cell", ...place, "data-row": i, "data-column": j }));
     }
     svg.append(element("g"), element("rect", { class: "frame cursor", hidden: "" }));
     host.append(svg);
@@ -149,10 +153,11 @@ function heat(host, X, { name, range, tall = 10, rows = null, columns = null, fr
     rect.classList.toggle("later", isLater(i, j));
   }
   marks.replaceChildren();
-  const label = (text, x, y, strong) => marks.append(element("text", { x, y, "font-size": size, class: strong ? "strong" : "" }, text === " " ? "␣" : text));
+  const label = (text, x, y, strong) => marks.append(element("text", { x, y, "font-size": fontSize, class: strong ? "strong" : "" }, visible(text)));
   rows?.forEach((text, i) => label(text, cell / 2 - 1, top + (i + 0.5) * tall, i === frame.row));
   columns?.forEach((text, j) => label(text, left + (j + 0.5) * cell, cell / 2 - 1, j === frame.column));
-  const box = (i, j, high, wide) => marks.append(element("rect", { class: "frame", x: left + j * cell, y: top + i * tall, width: wide * cell, height: high * tall }));
+  const box = (i, j, high, wide) =>
+    marks.append(element("rect", { class: "frame", x: left + j * cell, y: top + i * tall, width: wide * cell, height: high * tall }));
   if (frame.row !== undefined) box(frame.row, 0, 1, m);
   if (frame.column !== undefined) box(0, frame.column, n, 1);
   if (strongest) X.forEach((row, i) => largest([row]) > 0 && box(i, row.indexOf(Math.max(...row)), 1, 1));
@@ -175,90 +180,55 @@ function read(rect) {                           // says the cell's number in the
 
 const hosts = Object.fromEntries(Array.from(document.querySelectorAll("[data-heat]"), host => [host.dataset.heat, host]));
 for (const block of document.querySelectorAll(".block")) {
-  block.insertAdjacentHTML("beforeend", '<div class="vectors"><div class="corner"></div><div class="top"><small></small></div><div class="left"></div><div class="matrix heat"></div></div>');
+  block.insertAdjacentHTML("beforeend", '<div class="vectors"><div class="corner"></div><div class="top"><small></small></div>'
+    + '<div class="left"></div><div class="matrix heat"></div></div>');
 }
 
 // --- the document ------------------------------------------------------------------------------------------------------------------------
-
-const sub = (letter, index = "t") => `<i>${letter}<sub>${index}</sub></i>`, T = "<sup>⊤</sup>", BEFORE_T = sub("S", "t−1");
-const equation = (...parts) => parts.map(part => `<span class="keep">${part}</span>`).join(" &ensp; ");
-const READ = `${sub("o")} = ${sub("S")}${T} ${sub("q")}`;
-const EQUATIONS = {
-  attention: [equation(`${sub("S")} = ${BEFORE_T} + φ(${sub("k")}) ${sub("v")}${T},`, `${sub("z")} = ${sub("z", "t−1")} + φ(${sub("k")}),`,
-    `${sub("o")} = ${sub("S")}${T}φ(${sub("q")}) / (${sub("z")}${T}φ(${sub("q")}) + ε)`),
-  "The last column, with colours of its own range, is <i>z</i>, the sum of all mapped keys: with a 1 appended to each <i>v</i>, the normaliser is one more value. Nothing is ever taken out."],
-  linear: [equation(`${sub("S")} = ${BEFORE_T} + ${sub("k")} ${sub("v")}${T},`, READ),
-    "Each write is added on top of all that is there. A key that comes twice gets the sum of both values."],
-  gated: [equation(`${sub("S")} = Diag(e<sup><i>g</i></sup>) ${BEFORE_T} + ${sub("k")} ${sub("v")}${T},`, READ),
-    "Before each write everything fades by <i>a</i> = e<sup><i>g</i></sup>. Lower the decay and the map of who looks at whom shrinks to its diagonal."],
-  delta: [equation(`${sub("S")} = ${BEFORE_T} + β ${sub("k")} (${sub("v")} − ${BEFORE_T}${T}${sub("k")})${T},`, READ),
-    "What the state already says under the key is subtracted first: only the error is written. Where nothing is new, nothing is written."],
-  gated_delta: [equation(`${sub("P")} = Diag(e<sup><i>g</i></sup>) ${BEFORE_T},`, `${sub("S")} = ${sub("P")} + β ${sub("k")} (${sub("v")} − ${sub("P")}${T}${sub("k")})${T},`, READ),
-    "Everything fades, then the error under the key is written: the decay forgets what nobody asks for, the correction what is out of date."],
-};
-const OUTPUT_BACK = [`<i>R</i> ← <i>R</i> + <i>q</i> d<i>o</i>${T},`, `d<i>q</i> = <i>S</i> d<i>o</i>,`];
-const GRADIENTS = {
-  attention: [`<i>G</i> = (d<i>o</i> | −d<i>o</i>${T}<i>o</i>) / den,`, `<i>R</i> ← <i>R</i> + φ(<i>q</i>) <i>G</i>${T},`, `dφ(<i>q</i>) = (<i>S</i> | <i>z</i>) <i>G</i>,`,
-    `dφ(<i>k</i>) = <i>R</i> (<i>v</i>, 1),`, `d<i>v</i> = <i>R</i>${T}φ(<i>k</i>)`],
-  add: [...OUTPUT_BACK, `d<i>k</i> = <i>R v</i>,`, `d<i>v</i> = <i>R</i>${T}<i>k</i>`],
-  correct: [...OUTPUT_BACK, `d<i>v</i> = β <i>R</i>${T}<i>k</i>,`, `d<i>k</i> = <i>R u</i> − <i>P</i> d<i>v</i>,`, `dβ = <i>e</i>${T}<i>R</i>${T}<i>k</i>,`,
-    `<i>R</i> ← <i>R</i> − <i>k</i> d<i>v</i>${T}`],
-  fade: [`d<i>g</i> = Σ <i>P</i> ⊙ <i>R</i>,`, `<i>R</i> ← Diag(e<sup><i>g</i></sup>) <i>R</i>`],
-};
 
 const mechanismName = mechanism => (mechanism === "attention" ? "linear attention" : `rule ${mechanism}`);
 const across = X => matrix(X[0].length, X.length, (i, j) => X[j][i]);            // positions from left to right
 
 const START = {
-  mode: "text", text: "abracadabra", curve: vector(LONGEST, t => 0.5 + 0.36 * Math.sin(t / 3.1) * (t < 15 ? 1 : 0.35) + (t > 16 ? 0.2 : 0)), mechanism: "attention",
-  map: "elu1", unit: true, decay: 0.8, channels: false, beta: 1, sharpness: 4, place: 0, t: 1, focus: 1, follow: true, cotangent: "self",
+  mode: "text", text: "abracadabra", curve: vector(LONGEST, t => 0.5 + Math.sin(t / 3.1) * (t < 15 ? 0.36 : 0.13) + (t > 16 ? 0.2 : 0)),
+  mechanism: "attention", map: "elu1", unit: true, decay: 0.8, channels: false, beta: 1, sharpness: 4, place: 0,
+  t: 1, focus: 1, follow: true, cotangent: "self",
 };
 let settings = { ...START };
 
-const EXPERIMENTS = [
-  ["Start", { t: 11 }, "Linear attention as in the paper, on abracadabra. Press play and watch the state fill; compare the first two maps of “Who looks at whom”. elu1 is positive, so all keys have much in common, and every answer leans towards what is stored most often. Then choose another feature map, or rule delta."],
-  ["Overwrite", { text: "abaca", mechanism: "delta", map: "identity", beta: 1, t: 5 },
-    "a was followed by b, then by c: the same key is written twice. Asked for a, rule delta answers c, since position 4 took b out before it wrote c. Now choose rule linear: b and c in equal parts."],
-  ["Half a write", { text: "abacacac", mechanism: "delta", map: "identity", beta: 0.5, t: 8 },
-    "With β = 0.5 half of the error is written each time: after a, the share of b halves with every c. Move β and watch row a of “What it knows”."],
-  ["Forget", { text: "aaaaaaaaaaaa", mechanism: "gated", map: "identity", decay: 0.7, t: 12 },
-    "One key at all positions but the first, so nothing but age tells them apart: each weight of the third map is 0.7 to the power of its age. Set the decay to 1 and all count alike; set it to 0 and each position sees only itself."],
-  ["Nearly softmax", { mechanism: "attention", map: "taylor2", sharpness: 1.5, t: 11 },
-    "taylor2 is the beginning of the exponential series: with 73 features in place of 8 its map is nearly that of softmax. Raise the sharpness, and the series is too short: softmax grows sharper, taylor2 lags behind."],
-  ["Smooth a curve", { mode: "curve", mechanism: "attention", map: "relu2", sharpness: 12, t: LONGEST },
-    "Attention with positions for keys is smoothing: what is remembered is a weighted mean of the heights nearby. Lower the sharpness and both curves go flat. Then choose rule delta with the identity, and draw your own."],
-  ["Overshoot", { text: "aaaaaaaa", mechanism: "delta", map: "identity", unit: false, sharpness: 2.5, beta: 1, t: 8 },
-    "Without length 1, β|k|² is 2.5. Beyond 2 each write corrects by more than the error that it found: the state swings and grows. Set the sharpness to 2, then to 1, or β to 0.4."],
-];
-
 function showState(made) {
   const { chosen } = made, { mechanism, t } = settings, { P, write, S, u } = chosen.steps[t - 1];
-  const normalised = mechanism === "attention", corrects = hasBeta(mechanism), asked = Attention.fromLeft(chosen.phiK[t - 1], P);
-  const range = largest(...chosen.steps.map(step => step.S.map(row => row.slice(0, D)))), cut = normalised ? D : null, padded = row => (normalised ? [...row, NaN] : row);
-  const column = x => Array.from(x, value => [value]), over = rows => largest(rows), tall = Math.min(10, 160 / S.length);
-  const k = normalised ? "φ(k<sub>t</sub>)" : "k<sub>t</sub>", q = normalised ? "φ(q<sub>t</sub>)" : "q<sub>t</sub>";
+  const normalised = mechanism === "attention", corrects = hasBeta(mechanism), key = chosen.phiK[t - 1], query = chosen.phiQ[t - 1];
+  const values = rows => rows.map(row => row.slice(0, D)), range = largest(...chosen.steps.map(step => values(step.S)));
+  const cut = normalised ? D : null, tall = Math.min(10, 160 / S.length), writes = chosen.steps.map(step => step.u);
+  const k = normalised ? `φ(${K_T})` : K_T, q = normalised ? `φ(${Q_T})` : Q_T;
+  const given = normalised ? `(${V_T}, 1)` : `${sub("u")} = ${V_T}`, error = `${sub("u")} = β (${V_T} − ${P_T}${T}${K_T})`;
+  const read = Float64Array.from([...chosen.out[t - 1], ...(normalised ? [NaN] : [])]);
+  // a matrix, the vector at its left and the one above: under what, and what is written or read
   const blocks = {
-    kept: [P, "P", corrects && [chosen.phiK[t - 1], asked], k, `P<sub>t</sub>${T}k<sub>t</sub>, known already`],
-    written: [write, "k uᵀ", [chosen.phiK[t - 1], u], k, corrects ? `u<sub>t</sub> = β (v<sub>t</sub> − P<sub>t</sub>${T}k<sub>t</sub>)` : normalised ? "(v<sub>t</sub>, 1)" : "u<sub>t</sub> = v<sub>t</sub>"],
-    state: [S, "S", [chosen.phiQ[t - 1], padded(chosen.out[t - 1])], q, "o<sub>t</sub>, what is read"],
+    kept: { X: P, name: "P", under: [key, k, chosen.phiK], above: [Attention.fromLeft(key, P), "Pᵀk", writes, `${P_T}${T}${K_T}, known already`] },
+    written: { X: write, name: "k uᵀ", under: [key, k, chosen.phiK], above: [u, "u", writes, corrects ? error : given] },
+    state: { X: S, name: "S", under: [query, q, chosen.phiQ], above: [read, "o", chosen.out, `${sub("o")}, what is read`] },
   };
-  for (const [name, [X, called, vectors, leftName, topName]] of Object.entries(blocks)) {
-    const block = document.querySelector(`[data-block=${name}]`), [corner, top, left, host] = block.querySelector(".vectors").children;
-    block.querySelector(".vectors").style.gridTemplateColumns = `minmax(0, 1fr) minmax(0, ${X[0].length}fr)`;     // cells of one size
-    heat(host, X, { name: called, range, cut, tall });
-    top.style.visibility = left.style.visibility = corner.style.visibility = vectors ? "" : "hidden";
-    const shown = vectors || [chosen.phiK[t - 1], u];
-    corner.innerHTML = `<small>${leftName}</small>`;
-    top.firstChild.innerHTML = topName;
-    heat(left, column(shown[0]), { name: leftName.replace(/<.*?>/g, ""), range: over(name === "state" ? chosen.phiQ : chosen.phiK), tall, legend: false });
-    heat(top, [shown[1]], { name: name === "state" ? "o" : name === "written" ? "u" : "Pᵀk", range: over(name === "state" ? chosen.out : chosen.steps.map(step => step.u)), cut: name === "written" ? cut : null, legend: false });
+  for (const [id, { X, name, under, above }] of Object.entries(blocks)) {
+    const vectors = document.querySelector(`[data-block=${id}] .vectors`), [corner, top, left, host] = vectors.children;
+    vectors.style.gridTemplateColumns = `minmax(0, 1fr) minmax(0, ${X[0].length}fr)`;                       // cells of one size
+    heat(host, X, { name, range, cut, tall });
+    heat(left, Array.from(under[0], value => [value]), { name: id === "state" ? "q" : "k", range: largest(under[2]), tall, legend: false });
+    heat(top, [above[0]], { name: above[1], range: largest(above[2]), cut: id === "written" ? cut : null, legend: false });
+    corner.innerHTML = `<small>${under[1]}</small>`;
+    top.firstChild.innerHTML = above[3];
+    for (const vector of [corner, top, left]) vector.style.visibility = id !== "kept" || corrects ? "" : "hidden";
   }
   [$("state-equation").innerHTML, $("state-look").innerHTML] = EQUATIONS[mechanism];
-  const size = dot(chosen.phiK[t - 1], chosen.phiK[t - 1]), step = corrects ? settings.beta * size : null;
-  const words = settings.mode === "text" ? `Position ${t} writes “${made.labels[t - 1]}” under “${t > 1 ? made.labels[t - 2] : "start"}” and asks for “${made.labels[t - 1]}”. `
-    : `Position ${t} writes the height ${number(settings.curve[t - 1])}. `;
-  $("facts").textContent = words + `|S| = ${number(Math.sqrt(S.reduce((sum, row) => sum + dot(row, row), 0)))}, ${S.length} × ${S[0].length} numbers, whatever t`
-    + (corrects ? `; β|k|² = ${number(step)}${step > 2 + 1e-9 ? ", more than 2: errors grow" : ""}.` : ".");
+  const [before, now] = [made.labels[t - 2] ?? "start", made.labels[t - 1]], step = corrects && settings.beta * dot(key, key);
+  const facts = [
+    settings.mode === "curve" ? `Position ${t} writes the height ${number(settings.curve[t - 1])}.`
+      : `Position ${t} writes “${now}” under “${before}” and asks for “${now}”.`,
+    `|S| = ${number(Math.sqrt(S.reduce((sum, row) => sum + dot(row, row), 0)))}, ${S.length} × ${S[0].length} numbers, whatever t.`,
+    corrects ? `β|k|² = ${number(step)}${step > 2 + 1e-9 ? ", more than 2: errors grow" : ""}.` : "",
+  ];
+  $("facts").textContent = facts.join(" ");
 }
 
 function showChips(made) {
@@ -273,7 +243,7 @@ function showChips(made) {
     chips.append(button);
   }
   made.labels.forEach((label, i) => {
-    const button = chips.children[i], [score, next] = made.expected[i], visible = c => (c === " " ? "␣" : c);
+    const button = chips.children[i], [score, next] = made.expected[i];
     const [character, expected, size] = button.children;
     [character.textContent, expected.textContent, size.textContent] = [visible(label), visible(next), score.toFixed(2).replace("-", "−")];
     Object.assign(button.dataset, { expected: next, value: score });
@@ -288,13 +258,14 @@ const PAD = { height: 200, margin: 20 };
 const padY = h => PAD.height - PAD.margin - h * (PAD.height - 2 * PAD.margin);
 function showPad(made) {
   const pad = $("pad"), wide = pad.clientWidth, padX = t => (t + 0.5) * wide / LONGEST, line = (name, values) => element("polyline", {
-    class: name, "data-values": JSON.stringify(values), points: values.map((h, t) => `${padX(t)},${padY(Math.max(-1, Math.min(2, Number.isFinite(h) ? h : 0)))}`).join(" "),
+    class: name, "data-values": JSON.stringify(values), points: values.map((h, t) => `${padX(t)},${padY(Math.max(-1, Math.min(2, h)))}`).join(" "),
   });
+  const circle = (h, t) => element("circle", { class: t < settings.t ? "drawn" : "drawn later", cx: padX(t), cy: padY(h), r: 4.5, "data-value": h });
   pad.setAttribute("viewBox", `0 0 ${wide} ${PAD.height}`);
   pad.replaceChildren(
     element("line", { class: "now", x1: padX(settings.t - 1), x2: padX(settings.t - 1), y1: 0, y2: PAD.height }),
     line("softmax", made.softmaxRemembered), line("remembered", made.remembered),
-    ...Array.from(settings.curve, (h, t) => element("circle", { class: t < settings.t ? "drawn" : "drawn later", cx: padX(t), cy: padY(h), r: 4.5, "data-value": h })));
+    ...Array.from(settings.curve, circle));
 }
 
 function showHeats(made) {
@@ -306,7 +277,8 @@ function showHeats(made) {
   map("map-rule", ruled.weights, "A");
   const ruleWords = mechanism === "attention" ? "rule linear, not divided" : mechanismName(rule);
   $("map-rule-name").textContent = $("out-rule-name").textContent = ruleWords;
-  const columns = (host, X, name, range, at, after) => heat(hosts[host], X, { name, range, tall: 5.5, columns: names, frame: { column: at }, later: { column: after } });
+  const columns = (host, X, name, range, at, after) =>
+    heat(hosts[host], X, { name, range, tall: 5.5, columns: names, frame: { column: at }, later: { column: after } });
   const range = largest(made.v, softmax.out, attention.out);
   columns("values", across(made.v), "v", range, t - 1, t);
   columns("out-softmax", across(softmax.out), "softmax o", range, t - 1, t);
@@ -342,7 +314,8 @@ function showControls(made) {
   for (const id of ["unit", "channels", "follow"]) $(id).checked = settings[id];
   $(`mode-${mode}`).checked = true;
   if ($("text").value !== settings.text && document.activeElement !== $("text")) $("text").value = settings.text;
-  const used = { unit: mechanism !== "attention", beta: hasBeta(mechanism), decay: hasDecay(mechanism), channels: hasDecay(mechanism), place: mode === "text" };
+  const [decays, corrects] = [hasDecay(mechanism), hasBeta(mechanism)];
+  const used = { unit: mechanism !== "attention", beta: corrects, decay: decays, channels: decays, place: mode === "text" };
   for (const [id, needed] of Object.entries(used)) {
     $(id).disabled = !needed;
     $(`${id}-label`).classList.toggle("off", !needed);
