@@ -5,7 +5,9 @@ shares code with the page: numbers are read from the document, q, k and v from t
 """
 from __future__ import annotations
 
+import itertools
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -226,11 +228,10 @@ return { ...made, states: made.steps.map(step => step.S), kept: made.steps.map(s
          written: made.steps.map(step => step.write), ...made.backward(rows(a[5])) };"""
 
 
-@pytest.mark.parametrize("unit", [False, True])
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("rule", RULES)
-def test_each_rule_with_each_feature_map_is_the_library_s(page: Any, rng: np.random.Generator, rule: str, name: str, unit: bool) -> None:
-    for channels in {False, "gated" in rule}:
+def test_each_rule_with_each_feature_map_is_the_library_s(page: Any, rng: np.random.Generator, rule: str, name: str) -> None:
+    for unit, channels in itertools.product((False, True), {False, "gated" in rule}):
         F = features.feature_size(features.FEATURE_MAPS[name], D, np.float64)
         q, k, v, g, beta, dout = case(rng, rule, channels, F)
         found = run(page, RUN_RULE, q, k, v, two_axes(g), beta, dout, {"map": name, "unit": unit, "scale": 0.7})
@@ -427,17 +428,29 @@ def assert_the_page_is_right(page: Any) -> None:
             assert_within(found.T.reshape(np.shape(value)), value, bound, f"{name}{which}")
 
     S, bound = all_of(nothing, t + 1)["S"]
-    assert_within(shown(page, "[data-block=state] .matrix"), S, bound, "S_t")
-    kept, written = (shown(page, f"[data-block={name}] .matrix") for name in ("kept", "written"))
-    assert_within(kept + written, S, 2 * bound + gamma(4, "float64") * (np.abs(kept) + np.abs(written)), "P + k uᵀ")
-    if t and g is None:
-        before, bound = all_of(nothing, t)["S"]
-        assert_within(kept, before, bound, "P_t")
-    unit = c["unit"] and c["mechanism"] != "attention"
-    for block, X in (("written", k), ("state", q)):
-        y = mapped(c["map"], unit, X)[t]
-        assert_within(shown(page, f"[data-block={block}] .left")[:, 0], y, gamma(roundings(c["map"], unit, X), "float64") * np.abs(y), block)
-    assert_within(shown(page, "[data-block=state] .top")[0, :8], chosen["out"][0][t], chosen["out"][1][t], "o_t")
+    block = {f"{name} {part}": shown(page, f"[data-block={name}] .{part}")
+             for name, part in itertools.product(("kept", "written", "state"), ("matrix", "left", "top"))}
+    assert_within(block["state matrix"], S, bound, "S_t")
+    a = np.ones((F, 1)) if g is None else np.exp(g[t].reshape(-1, 1))
+    before, off = all_of(nothing, t)["S"] if t else (0 * S, 0 * S)
+    assert_within(block["kept matrix"], a * before, a * off + gamma(8, "float64") * a * np.abs(before), "P_t")
+    key, query = (mapped(c["map"], c["unit"] and c["mechanism"] != "attention", X)[t] for X in (k, q))
+    n = roundings(c["map"], c["unit"] and c["mechanism"] != "attention", np.concatenate([q, k]))
+    for name, y in (("kept left", key), ("written left", key), ("state left", query)):
+        assert_within(block[name][:, 0], y, gamma(n, "float64") * np.abs(y), name)
+    assert np.array_equal(block["written matrix"], np.outer(block["written left"], block["written top"]))
+    assert np.array_equal(block["state matrix"], block["kept matrix"] + block["written matrix"])
+    known, size = (x.T @ y for x, y in ((block["kept matrix"], key), (np.abs(block["kept matrix"]), np.abs(key))))
+    assert_within(block["kept top"][0], known, gamma(2 * F + n, "float64") * size, "Pᵀk")
+    assert_within(block["state top"][0, :8], chosen["out"][0][t], chosen["out"][1][t], "o_t")
+    facts = page.locator("#facts").inner_text().replace("−", "-")
+    assert f"{S.shape[0]} × {S.shape[1]} numbers" in facts
+    size_S, strength = re.search(r"\|S\| = ([\d.e-]+),", facts), re.search(r"β\|k\|² = ([\d.e-]*\d)", facts)
+    assert size_S and math.isclose(float(size_S[1]), np.linalg.norm(S), rel_tol=0.06, abs_tol=0.0)        # two digits at least are shown
+    assert (strength is None) == (beta is None)
+    if strength and beta is not None:
+        assert math.isclose(float(strength[1]), beta[t] * (key @ key), rel_tol=0.06, abs_tol=0.0)
+        assert ("errors grow" in facts) == (beta[t] * (key @ key) > 2 + 1e-9)
 
     def answer(x: np.ndarray, softly: bool) -> tuple[np.ndarray, np.ndarray]:
         asked = np.concatenate([q[:t], x[None]])
