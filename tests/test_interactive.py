@@ -563,6 +563,12 @@ def test_the_buttons_step_play_and_pause(page: Any) -> None:
     page.get_by_role("button", name="Play").click()                              # from the end: once more from the beginning
     assert at() == 1
     page.get_by_role("button", name="Pause").click()
+    page.locator("#position").focus()
+    for key in ("End", "ArrowLeft"):
+        page.keyboard.press(key)
+    page.get_by_role("button", name="Play").click()
+    page.get_by_role("button", name="Pause").wait_for(state="detached", timeout=20_000)             # at the end it stops by itself
+    assert at() == 11
 
 
 def test_what_is_typed_is_what_is_stored(page: Any) -> None:
