@@ -374,7 +374,7 @@ def controls(page: Any) -> dict[str, Any]:
 
 
 def assert_the_page_is_right(page: Any) -> None:
-    """Every number that the page shows, from its sequence and the settings of its controls."""
+    """The numbers that the page shows, from its sequence and the settings of its controls; of what a memory answers, every second or fifth row."""
     c = controls(page)
     made = run(page, "const { q, k, v, labels } = sequence(settings); return { q, k, v, labels };")
     q, k, v = (np.array(made[name]) for name in "qkv")
