@@ -172,7 +172,8 @@ def test_version_is_that_of_setup_cfg():
 
 
 def test_extras_are_those_that_the_errors_name():
-    expected = {"cuda12x", "cuda13x", "nvrtc", "bf16", "check", "demo", "test", "docs", "jax", "autograd", "onnx", "mpi", "numba", "speech", "torch"}
+    expected = {"browser", "cuda12x", "cuda13x", "nvrtc", "bf16", "check", "demo", "test", "docs", "jax", "autograd", "onnx", "mpi", "numba",
+                "speech", "torch"}
     assert set(extras()) == expected
     named = {name for path in PACKAGE.rglob("*.py")
              for name in re.findall(r'missing_extra\("[^"]+", "(\w+)"\)', path.read_text(encoding="utf-8"))}
