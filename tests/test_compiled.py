@@ -42,9 +42,10 @@ def test_it_is_the_recurrence_and_its_transpose(rule: str, decay: str, dtype: st
 
 
 @pytest.mark.parametrize(("rule", "decay"), DECAYS)
-@pytest.mark.parametrize(("D", "M"), [(16, 32), (33, 40), (64, 64), (70, 3)])
+@pytest.mark.parametrize(("D", "M"), [(16, 32), (33, 40), (64, 64), (70, 3), (600, 90)])
 def test_whole_and_part_vectors_of_features(rule: str, decay: str, D: int, M: int, rng: np.random.Generator) -> None:
-    """On integers the same bits as the chunked form in NumPy, for features that fill vectors and for those that do not, over several tiles."""
+    """On integers the same bits as the chunked form in NumPy, for features that fill vectors and for those that do not, over several tiles; a state
+    too large for the heap, whose pages would be gone if nothing held it."""
     N = 75
     q, k, v, do = (rng.integers(-2, 3, (3, N, x)).astype(np.float32) for x in (D, D, M, M))
     S, dS = (rng.integers(-2, 3, (3, D, M)).astype(np.float32) for _ in range(2))

@@ -17,6 +17,7 @@ try:
     from llvmlite import ir
     from numba import types
     from numba.core import cgutils
+    from numba.core.imputils import impl_ret_borrowed
     from numba.extending import intrinsic, models, register_model
 except ImportError:
     raise missing_extra("numba", "numba") from None
@@ -52,6 +53,31 @@ def row(typing: Any, a: Any, i: Any) -> Any:
         return builder.inttoptr(builder.add(whole, builder.mul(args[1], step)), array.data.type)
 
     return types.CPointer(a.dtype)(a, types.intp), code
+
+
+@intrinsic
+def boundary(typing: Any, a: Any) -> Any:
+    """The first whole BYTES behind the beginning of a (n,), where a vector stands in one line of the cache: at most BYTES - 1 bytes on."""
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        whole = ir.IntType(types.intp.bitwidth)
+        at = builder.add(builder.ptrtoint(array.data, whole), ir.Constant(whole, BYTES - 1))
+        return builder.inttoptr(builder.and_(at, ir.Constant(whole, -BYTES)), array.data.type)
+
+    return types.CPointer(a.dtype)(a), code
+
+
+@intrinsic
+def alive(typing: Any, a: Any) -> Any:
+    """Nothing. Numba gives an array back behind its last use, and does not know of pointers into it: this is a use."""
+    return types.none(a), lambda context, builder, signature, args: context.get_dummy_value()
+
+
+@intrinsic
+def fixed(typing: Any, x: Any) -> Any:
+    """An array as one that is not written to: the loops that read it are then those of the inputs, not variants of their own."""
+    kind = types.Array(x.dtype, x.ndim, "A", readonly=True)
+    return kind(x), lambda context, builder, signature, args: impl_ret_borrowed(context, builder, kind, args[0])
 
 
 @intrinsic
@@ -128,9 +154,9 @@ def mul(typing: Any, a: Any, x: Any) -> Any:
 
 
 @intrinsic
-def sub(typing: Any, x: Any, y: Any) -> Any:
+def add(typing: Any, x: Any, y: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fsub(args[0], args[1])
+        return builder.fadd(args[0], args[1])
 
     return x(x, x), code
 
@@ -180,6 +206,16 @@ def elu1(typing: Any, x: Any, e: Any) -> Any:
         return builder.select(builder.fcmp_ordered(">", args[0], number(0.0)), builder.fadd(args[0], number(1.0)), args[1])
 
     return x(x, e), code
+
+
+@intrinsic
+def at_most(typing: Any, most: Any, x: Any) -> Any:
+    """min(most, x), most a number; NaN of NaN."""
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bound = _spread(builder, args[0], args[1].type)
+        return builder.select(builder.fcmp_ordered(">", args[1], bound), bound, args[1])
+
+    return x(x.scalar, x), code
 
 
 @intrinsic
