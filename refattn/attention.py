@@ -162,7 +162,7 @@ def causal_linear_attention_vjp(q: Array, k: Array, v: Array, state: State | Non
 
 
 def causal_linear_attention_step(q_t: Array, k_t: Array, v_t: Array, state: State | None = None, *, feature_map: Any = "elu1",
-                                 eps: float = 1e-6) -> tuple[Array, State]:
+                                 eps: float = 1e-6, compiled: bool = False) -> tuple[Array, State]:
     """One position of `causal_linear_attention`: S ← S + φ(k) vᵀ, z ← z + φ(k), out = Sᵀφ(q) / (zᵀφ(q) + ε). Eq. (16) to (19).
 
     Parameters
@@ -172,7 +172,7 @@ def causal_linear_attention_step(q_t: Array, k_t: Array, v_t: Array, state: Stat
     v_t : (..., H, M)
     state : State, optional
         As returned by the previous step or by `causal_linear_attention`; None: nothing precedes. Never changed.
-    feature_map, eps
+    feature_map, eps, compiled
         As in `linear_attention`.
 
     Returns
@@ -197,8 +197,11 @@ def causal_linear_attention_step(q_t: Array, k_t: Array, v_t: Array, state: Stat
     >>> out
     array([2.])
     """
-    xp, axes, phi, eps, state = _check_step(q_t, k_t, v_t, state, feature_map, eps)
+    xp, axes, phi, eps, state = _check_step(q_t, k_t, v_t, state, feature_map, eps, compiled)
     acc = accumulator(v_t.dtype)
+    if compiled and q_t.size and v_t.size:
+        from .compiled.launch import step
+        return step(q_t, k_t, v_t, state, phi, eps)[0]
     if phi in _FUSED and has_kernels(xp, axes.D, axes.M):
         from .cuda import launch
         out, *new = launch.causal_step(xp, q_t, k_t, v_t, *state, feature=_FUSED[phi], normalised=True, eps=eps)
@@ -209,10 +212,20 @@ def causal_linear_attention_step(q_t: Array, k_t: Array, v_t: Array, state: Stat
 
 
 def causal_linear_attention_step_vjp(q_t: Array, k_t: Array, v_t: Array, state: State | None = None, *, feature_map: Any = "elu1",
-                                     eps: float = 1e-6) -> tuple[tuple[Array, State], Pullback]:
+                                     eps: float = 1e-6, compiled: bool = False) -> tuple[tuple[Array, State], Pullback]:
     """`causal_linear_attention_step` and its pullback: (dout_t, dstate) -> (dq_t, dk_t, dv_t, dstate0); see `refattn.vjp`."""
-    xp, axes, phi, eps, before = _check_step(q_t, k_t, v_t, state, feature_map, eps)
+    xp, axes, phi, eps, before = _check_step(q_t, k_t, v_t, state, feature_map, eps, compiled)
     acc = accumulator(v_t.dtype)
+    if compiled and q_t.size and v_t.size:
+        from .compiled.launch import step
+        outputs, backward = step(q_t, k_t, v_t, before, phi, eps)
+
+        def loops(dout: Array | None, dstate: Any = None) -> tuple[Array, Array, Array, State | None]:
+            check_cotangent("dout_t", dout, outputs[0])
+            *d, dstart = backward(dout, _check_state_cotangent(dstate, outputs[1]))
+            return *d, None if state is None else _state_like(dstart, State(*state), xp)
+
+        return outputs, loops
     q, k, v = (cast(x, acc) for x in (q_t, k_t, v_t))
     fq, fk = phi.forward(q), phi.forward(k)
     out, end, inverse = _step(fq, fk, v, before, axes, eps, xp)
@@ -608,8 +621,11 @@ def _check(q: Array, k: Array, v: Array, feature_map: Any, eps: Any, causal: boo
     return xp, axes, phi, feature_size(phi, axes.D, _numpy_accumulator(v)), check_number("eps", eps, least=0)
 
 
-def _check_step(q_t: Array, k_t: Array, v_t: Array, state: Any, feature_map: Any, eps: Any) -> tuple[Any, Axes, FeatureMap, float, State]:
+def _check_step(q_t: Array, k_t: Array, v_t: Array, state: Any, feature_map: Any, eps: Any,
+                compiled: bool) -> tuple[Any, Axes, FeatureMap, float, State]:
     xp = namespace(q_t=q_t, k_t=k_t, v_t=v_t)
+    if compiled:
+        check_compiled(xp)
     check_dtypes(q_t=q_t, k_t=k_t, v_t=v_t)
     axes = check_qkv(q_t, k_t, v_t, causal=True, step=True)
     phi, eps, acc = find_feature_map(feature_map), check_number("eps", eps, least=0), accumulator(v_t.dtype)

@@ -141,7 +141,7 @@ def recurrence_vjp(q: Array, k: Array, v: Array, g: Array | None = None, beta: A
 
 
 def recurrence_step(q_t: Array, k_t: Array, v_t: Array, g_t: Array | None = None, beta_t: Array | None = None, state: Array | None = None,
-                    *, rule: str = "linear", scale: float = 1.0) -> tuple[Array, Array]:
+                    *, rule: str = "linear", scale: float = 1.0, compiled: bool = False) -> tuple[Array, Array]:
     """One position of `recurrence`: P = Diag(exp(g)) S, S ← P + k uᵀ, o = scale · Sᵀ q.
 
     Parameters
@@ -153,7 +153,7 @@ def recurrence_step(q_t: Array, k_t: Array, v_t: Array, g_t: Array | None = None
     beta_t : (..., H); None for rules `linear` and `gated`
     state : (..., H, D, M), optional
         As returned by the previous step or by `recurrence`; zeros if None. Never changed.
-    rule, scale
+    rule, scale, compiled
         As in `recurrence`.
 
     Returns
@@ -178,16 +178,21 @@ def recurrence_step(q_t: Array, k_t: Array, v_t: Array, g_t: Array | None = None
     >>> out
     array([3.])
     """
-    return recurrence_step_vjp(q_t, k_t, v_t, g_t, beta_t, state, rule=rule, scale=scale)[0]
+    return recurrence_step_vjp(q_t, k_t, v_t, g_t, beta_t, state, rule=rule, scale=scale, compiled=compiled)[0]
 
 
 def recurrence_step_vjp(q_t: Array, k_t: Array, v_t: Array, g_t: Array | None = None, beta_t: Array | None = None,
-                        state: Array | None = None, *, rule: str = "linear", scale: float = 1.0) -> tuple[tuple[Array, Array], Pullback]:
+                        state: Array | None = None, *, rule: str = "linear", scale: float = 1.0,
+                        compiled: bool = False) -> tuple[tuple[Array, Array], Pullback]:
     """`recurrence_step` and its pullback: (dout_t, dstate) -> (dq_t, dk_t, dv_t, dg_t, dbeta_t, dstate0); see `refattn.vjp`."""
     xp, axes, scale = _check(q_t, k_t, v_t, g_t, beta_t, rule, scale, step=True)
     _check_state(state, q_t, axes, None)
     acc = accumulator(v_t.dtype)
     arrays = (q_t, k_t, v_t, g_t, beta_t)
+    if compiled:
+        check_compiled(xp)
+        if q_t.size and v_t.size:
+            return _compiled_step(arrays, state, scale)
     q, k, v, g, beta = wide_arrays = tuple(None if x is None else cast(x, acc) for x in arrays)
     S = xp.zeros((*axes.kv_lead, axes.D, axes.M), dtype=acc) if state is None else cast(state, acc)
     wide, end = (delta_step(S, q, k, v, g, beta) if beta is not None else causal_step(S, q, k, v) if g is None
@@ -207,6 +212,22 @@ def recurrence_step_vjp(q_t: Array, k_t: Array, v_t: Array, g_t: Array | None = 
             dS, *d = *causal_step_backward(do, R, S, q, k, v), None, None
         return (*(None if x is None else cast(y, x.dtype) for y, x in zip(d, arrays, strict=True)),
                 None if state is None else cast(dS, state.dtype))
+
+    return (out, end), pullback
+
+
+def _compiled_step(arrays: tuple[Any, ...], state: Any, scale: float) -> tuple[tuple[Array, Array], Pullback]:
+    from .compiled.launch import backward, recurrence_step
+    out, end, residuals = recurrence_step(*arrays, state)
+    out = _scaled(out, scale)
+
+    def pullback(dout: Array | None, dstate: Array | None = None) -> tuple[Array | None, ...]:
+        check_cotangent("dout_t", dout, out)
+        check_cotangent("dstate", dstate, end)
+        do = np.zeros_like(out) if dout is None else _scaled(dout, scale)
+        *gradients, dstart = backward(do[..., None, :], dstate, residuals)
+        return (*(None if x is None else d.reshape(x.shape) for d, x in zip(gradients, arrays, strict=True)),
+                None if state is None else cast(dstart, state.dtype))
 
     return (out, end), pullback
 

@@ -17,7 +17,8 @@ from refattn.rules import RULES
 from refattn.testing.broken import named
 from refattn.testing.budgets import assert_within, attention_budget
 from refattn.testing.check import check_kernel
-from refattn.testing.strategies import cases, strided
+from refattn.testing.laws import law_equal_bits
+from refattn.testing.strategies import cases, rule_cases, strided
 
 pytest.importorskip("numba", reason="needs numba: pip install 'refattn[numba]'")
 DECAYS = [(rule, decay) for rule, more in RULES.items() for decay in ("head", "channel")[: 1 + ("g" in more)]]
@@ -65,15 +66,16 @@ def test_whole_and_part_vectors_of_features(rule: str, decay: str, D: int, M: in
 
 @pytest.mark.parametrize("rule", RULES)
 def test_any_strides_of_inputs_and_cotangents(rule: str, rng: np.random.Generator) -> None:
-    q, k, v, do = (rng.integers(-2, 3, (2, 40, x)).astype(np.float32) for x in (5, 5, 7, 7))
-    g = np.where(rng.random((2, 40)) < 0.3, -np.inf, 0).astype(np.float32) if "gated" in rule else None
-    beta = (np.arange(80).reshape(2, 40) % 40 == 7).astype(np.float32) if "delta" in rule else None
-    (out, end), pullback = refattn.vjp(refattn.recurrence, q, k, v, g, beta, rule=rule, compiled=True)
-    expected = [out, end, *(d for d in pullback(do) if d is not None)]
+    q, k, v, do = (rng.integers(-2, 3, (2, 3, 40, x)).astype(np.float32) for x in (5, 5, 7, 7))
+    g = np.where(rng.random((2, 3, 40)) < 0.3, -np.inf, 0).astype(np.float32) if "gated" in rule else None
+    beta = (np.arange(240).reshape(2, 3, 40) % 40 == 7).astype(np.float32) if "delta" in rule else None
+    S, dS = rng.integers(-2, 3, (2, 2, 3, 5, 7)).astype(np.float32)
+    (out, end), pullback = refattn.vjp(refattn.recurrence, q, k, v, g, beta, S, rule=rule, compiled=True)
+    expected = [out, end, *(d for d in pullback(do, dS) if d is not None)]
     for _ in range(4):
-        awkward = [None if x is None else strided(x, rng) for x in (q, k, v, g, beta)]
+        awkward = [None if x is None else strided(x, rng) for x in (q, k, v, g, beta, S)]
         (out, end), pullback = refattn.vjp(refattn.recurrence, *awkward, rule=rule, compiled=True)
-        for x, y in zip(expected, [out, end, *(d for d in pullback(strided(do, rng)) if d is not None)], strict=True):
+        for x, y in zip(expected, [out, end, *(d for d in pullback(strided(do, rng), strided(dS, rng)) if d is not None)], strict=True):
             np.testing.assert_array_equal(x, y)
     same = np.broadcast_to(do[..., :1], do.shape)
     for x, y in zip(pullback(same), pullback(same.copy()), strict=True):
@@ -130,6 +132,97 @@ def test_attention_from_a_state_to_a_state(case: Any, seed: int) -> None:
         assert_within(x, y, bound, name)
 
 
+# --- one position ------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("rule", RULES)
+@settings(max_examples=30)
+@given(data=st.data())
+def test_on_integers_its_step_and_the_transpose_have_the_bits_of_the_other(rule: str, dtype: str, data: Any) -> None:
+    """From any strides; the state is left as it was; without a state as with one of zeros."""
+    c = data.draw(rule_cases(rule, dtype=np.dtype(dtype), exact=True, longest=1).filter(lambda c: c.dims.N))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    at = [None if x is None else strided(x[..., 0, :] if x.ndim == c.k.ndim else x[..., 0], rng) for x in (c.q, c.k, c.v, c.g, c.beta)]
+    state, kept = strided(c.state, rng), c.state.copy()
+    results: dict[str, Any] = {}
+    for compiled in (False, True):
+        outputs, pullback = refattn.vjp(refattn.recurrence_step, *at, state, rule=rule, scale=0.5, compiled=compiled)
+        plain = refattn.recurrence_step(*at, state, rule=rule, scale=0.5, compiled=compiled)
+        fresh = refattn.recurrence_step(*at, None, rule=rule, compiled=compiled)
+        gradients = (*pullback(strided(c.dout[..., 0, :], rng), strided(c.dstate, rng)), *pullback(None, c.dstate), *pullback(c.dout[..., 0, :]))
+        results[f"compiled={compiled}"] = [*outputs, *plain, *fresh, *(d for d in gradients if d is not None)]
+    law_equal_bits(results)
+    np.testing.assert_array_equal(state, kept)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("rule", "decay"), DECAYS)
+def test_step_by_step_it_is_the_recurrence_and_its_transpose(rule: str, decay: str, dtype: str) -> None:
+    def steps(arrays: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, list[Any]]:
+        state, outs, pullbacks = arrays["state"], [np.zeros((*arrays["q"].shape[:-2], 0, arrays["v"].shape[-1]), dtype)], []
+        for t in range(arrays["q"].shape[-2]):
+            at = [None if x is None else x[..., t, :] if x.ndim == arrays["k"].ndim else x[..., t] for x in six(arrays)[:5]]
+            (out, state), pullback = refattn.vjp(refattn.recurrence_step, *at, state, rule=rule, compiled=True)
+            outs.append(out[..., None, :])
+            pullbacks.append(pullback)
+        return np.concatenate(outs, -2), state, pullbacks
+
+    def six(arrays: dict[str, Any]) -> list[Any]:
+        return [arrays.get(name) for name in ("q", "k", "v", "g", "beta", "state")]
+
+    def by_name(arrays: tuple[np.ndarray, ...]) -> dict[str, Any]:
+        return dict(zip(("q", "k", "v", "g", "beta", "state"), named(rule, arrays), strict=True))
+
+    def forward(*arrays: np.ndarray) -> Any:
+        return steps(by_name(arrays))[:2]
+
+    def backward(dout: np.ndarray, R: np.ndarray, *arrays: np.ndarray) -> Any:
+        given = by_name(arrays)
+        gradients = {name: None if x is None else np.zeros_like(x) for name, x in given.items()}
+        pullbacks = steps(given)[2]
+        for t in reversed(range(len(pullbacks))):
+            *d, R = pullbacks[t](dout[..., t, :], R)
+            for name, x in zip(("q", "k", "v", "g", "beta"), d, strict=True):
+                if x is not None:
+                    gradients[name][(..., t, slice(None)) if gradients[name].ndim == given["k"].ndim else (..., t)] = x
+        return (*(gradients[name] for name in ("q", "k", "v", "g", "beta") if gradients[name] is not None), R)
+
+    report = check_kernel(forward, backward=backward, rule=rule, decay=decay, dtype=dtype, grouped=True, examples=5, time_limit=300)
+    assert report.passed and not report.untried, str(report)
+
+
+@pytest.mark.parametrize("feature_map", ["elu1", "relu"])
+@settings(max_examples=20)
+@given(case=cases(dtype=np.float32, longest=9), seed=st.integers(0, 2**32 - 1))
+def test_attention_step_by_step_is_attention(feature_map: str, case: Any, seed: int) -> None:
+    """From a state, eq. (16) to (19), forwards and backwards through all steps, within the bound of the loop over positions."""
+    rng, six = np.random.default_rng(seed), ("dq", "dk", "dv")
+    S, z = (rng.random(shape).astype(np.float32) + 0.25 for shape in (case.state.shape, case.state.shape[:-1]))
+    dz = rng.standard_normal(z.shape).astype(np.float32)
+    phi, dphi = {"elu1": (oracle.eq7, lambda x: np.exp(np.minimum(x, 0))), "relu": (lambda x: np.maximum(x, 0), lambda x: (x > 0).astype(float))}[feature_map]
+    options: dict[str, Any] = {"feature_map": feature_map, "eps": 0.5}
+    state, outs, pullbacks = State(strided(S, rng), strided(z, rng)), [], []
+    for t in range(case.dims.N):
+        (out, state), pullback = refattn.vjp(refattn.causal_linear_attention_step, *(x[..., t, :] for x in (case.q, case.k, case.v)), state,
+                                             **options, compiled=True)
+        outs.append(out)
+        pullbacks.append(pullback)
+    wide = [x.astype(np.float64) for x in (case.q, case.k, case.v)]
+    (right, right_end), right_pullback = refattn.vjp(refattn.causal_linear_attention, *wide, State(S.astype(float), z.astype(float)), **options)
+    *right_three, right_start = right_pullback(case.dout.astype(float), State(case.dstate.astype(float), dz.astype(float)))
+    b = attention_budget(case.q, case.k, case.v, S, z, case.dout, case.dstate, dz, phi=phi, dphi=dphi, eps=0.5)
+    R: Any = State(case.dstate, dz)
+    found = [np.zeros_like(x) for x in (case.q, case.k, case.v)]
+    for t in reversed(range(case.dims.N)):
+        *d, R = pullbacks[t](case.dout[..., t, :], R)
+        for to, x in zip(found, d, strict=True):
+            to[..., t, :] = x
+        assert_within(outs[t], right[..., t, :], b.out[..., t, :], "out")
+    for name, x, y, bound in (("S", state.S, right_end.S, b.S), ("z", state.z, right_end.z, b.z),
+                              *zip((*six, "dS", "dz"), (*found, *R), (*right_three, *right_start), (b.dq, b.dk, b.dv, b.dS, b.dz), strict=True)):
+        assert_within(x, y, bound, name)
+
+
 @pytest.mark.parametrize(("rule", "shape"), [*((rule, shape) for rule in RULES for shape in ((2, 0, 3), (0, 3), (0, 4, 3))), ("linear", (2, 4, 0))])
 def test_nothing_is_looped_over_where_nothing_is(rule: str, shape: tuple[int, ...]) -> None:
     q, v, S = np.ones(shape), np.ones((*shape[:-1], 5)), np.ones((*shape[:-2], shape[-1], 5))
@@ -175,8 +268,11 @@ def test_what_is_not_there_and_what_is_not_numpy_is_said(monkeypatch: pytest.Mon
     x = strict.ones((4, 2))
     with pytest.raises(TypeError, match="compiled: expected NumPy arrays, got those of array_api_strict; leave it False"):
         refattn.recurrence(x, x, x, compiled=True)
+    with pytest.raises(TypeError, match="compiled: expected NumPy arrays, got those of array_api_strict; leave it False"):
+        refattn.causal_linear_attention_step(x, x, x, compiled=True)
     monkeypatch.setitem(sys.modules, "numba", None)
     y = np.ones((4, 2))
-    for call in (refattn.recurrence, refattn.causal_linear_attention):
+    for call in (refattn.recurrence, refattn.causal_linear_attention, refattn.recurrence_step,
+                 refattn.causal_linear_attention_step):
         with pytest.raises(ImportError, match=r"pip install 'refattn\[numba\]'"):
             call(y, y, y, compiled=True)

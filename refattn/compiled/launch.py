@@ -1,6 +1,7 @@
 """Whole arrays given to the compiled loops: a share of the heads for each thread, half precisions cast a head at a time."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
@@ -11,18 +12,18 @@ import numpy as np
 
 from .._array import accumulator, cast
 from .._blocks import _pool, cores
-from ..attention import _keep, _real
+from ..attention import State, _keep, _real
 from ..features import FEATURE_MAPS, FeatureMap
 
 Residuals = tuple[Any, ...]
 WORTH_THREADS = 1 << 14     # numbers in q
 WRITTEN = {"forward_heads": (6, 7), "backward_heads": (7, 8, 9, 10, 11, 12), "attention_heads": (5, 6, 7, 8),
-           "attention_backward_heads": (8, 9, 10, 11, 12)}
+           "attention_backward_heads": (8, 9, 10, 11, 12), "step_heads": (6, 7), "attention_step_heads": (5, 6, 7, 8)}
 _variants: dict[Any, Any] = {}
 
 
 def run(name: str, *arguments: Any) -> None:
-    """The loop of this name in `heads`, compiled once for each dtype and each pattern of None, whatever the strides."""
+    """The loop of this name in `heads` or `step`, compiled once for each dtype and each pattern of None, whatever the strides."""
     key = (name, arguments[0].dtype, *(None if x is None else x.ndim for x in arguments))
     loop = _variants.get(key)
     if loop is None:
@@ -31,11 +32,11 @@ def run(name: str, *arguments: Any) -> None:
 
 
 def _compiled(name: str, arguments: tuple[Any, ...]) -> Any:
-    """As `njit(signature, cache=True)` does it, but what is kept on disk is of all our sources, not of `heads.py` alone."""
+    """As `njit(signature, cache=True)` does it, but what is kept on disk is of all our sources, not of one file alone."""
     from numba import from_dtype, njit, types
     from numba.core.caching import FunctionCache
 
-    from . import heads
+    from . import heads, step
     from .tiles import options
 
     class Cache(FunctionCache):                                                       # type: ignore[misc]
@@ -44,7 +45,7 @@ def _compiled(name: str, arguments: tuple[Any, ...]) -> Any:
 
     kinds = (types.none if x is None else from_dtype(x.dtype) if not x.ndim else
              types.Array(from_dtype(x.dtype), x.ndim, "A", readonly=i not in WRITTEN[name]) for i, x in enumerate(arguments))
-    loop = njit(**options)(getattr(heads, name).py_func)
+    loop = njit(**options)(getattr(step if "step" in name else heads, name).py_func)
     loop._cache = Cache(loop.py_func)
     loop.compile(types.void(*kinds))
     loop.disable_compile()
@@ -74,7 +75,7 @@ def _over_heads(work: Callable[[slice, slice], None], q: np.ndarray, k: np.ndarr
 
 def _flat(x: Any, axes: int) -> Any:
     """All leading axes as one: a view where strides allow it, as those of a fresh array do."""
-    return None if x is None else x.reshape(int(np.prod(x.shape[:x.ndim - axes])), *x.shape[x.ndim - axes:])
+    return x if x is None or x.ndim == axes + 1 else x.reshape(math.prod(x.shape[:x.ndim - axes]), *x.shape[x.ndim - axes:])
 
 
 def _wide(x: Any, at: slice, acc: Any) -> Any:
@@ -97,7 +98,7 @@ def forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.ndarray | None, b
     """out, state and residuals (the inputs) of `recurrence` with scale 1."""
     acc, out = accumulator(v.dtype), np.empty((*q.shape[:-1], v.shape[-1]), v.dtype)
     start, end = _start(k, v, state, acc), np.empty((*k.shape[:-2], k.shape[-1], v.shape[-1]), acc)
-    Q, K, V, G, b, S, E, O = _flats(k, q, k, v, g, beta, start, end, out)
+    Q, K, V, G, b, S, E, O = _flats(k.ndim - 2, q, k, v, g, beta, start, end, out)
 
     def work(keys: slice, queries: slice) -> None:
         here = _room(O, queries, acc)
@@ -113,8 +114,8 @@ def backward(dout: np.ndarray, dstate: np.ndarray | None, residuals: Residuals) 
     q, k, v, g, beta, state = residuals
     acc = accumulator(v.dtype)
     dq, dk, dv, dg, dbeta = (None if x is None else np.empty(x.shape, x.dtype) for x in (q, k, v, g, beta))
-    start, dstart = _start(k, v, state, acc), np.array(_start(k, v, dstate, acc))
-    Q, K, V, G, b, dO, S, R, dQ, dK, dV, dG, db = _flats(k, q, k, v, g, beta, dout, start, dstart, dq, dk, dv, dg, dbeta)
+    start, dstart = _start(k, v, state, acc), np.array(_start(k, v, dstate, acc), order="C")     # for `_flats` to make views of
+    Q, K, V, G, b, dO, S, R, dQ, dK, dV, dG, db = _flats(k.ndim - 2, q, k, v, g, beta, dout, start, dstart, dq, dk, dv, dg, dbeta)
     if dG is not None and dG.ndim == 2:
         dG = dG[..., None]
 
@@ -128,13 +129,69 @@ def backward(dout: np.ndarray, dstate: np.ndarray | None, residuals: Residuals) 
     return dq, dk, dv, dg, dbeta, dstart
 
 
+def recurrence_step(q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.ndarray | None, beta: np.ndarray | None,
+         state: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, Residuals]:
+    """`forward` of one position, arrays without its axis; the residuals are for `backward`, with that axis."""
+    acc, out = accumulator(v.dtype), np.empty((*q.shape[:-1], v.shape[-1]), v.dtype)
+    start, end = _start(k[..., None, :], v[..., None, :], state, acc), np.empty((*k.shape, v.shape[-1]), acc)
+    Q, K, V, G, b, S, E, O = _flats(k.ndim - 1, q, k, v, g, beta, start, end, out)
+    G = G[:, None] if G is not None and G.ndim == 1 else G
+
+    def work(keys: slice, queries: slice) -> None:
+        here = _room(O, queries, acc)
+        run("step_heads", _wide(Q, queries, acc), *(_wide(x, keys, acc) for x in (K, V, G, b)), S[keys], E[keys], here, acc.type(1))
+        _put(O, queries, here)
+
+    _over_heads(work, Q, K, cast_one=False)
+    at = (None if x is None else x[..., None, :] if x.ndim == k.ndim else x[..., None] for x in (q, k, v, g, beta))
+    return out, end, (*at, state)
+
+
+def step(q: np.ndarray, k: np.ndarray, v: np.ndarray, state: State, phi: FeatureMap,
+         eps: float) -> tuple[tuple[np.ndarray, State], Callable[[np.ndarray | None, State | None], Any]]:
+    """((out, state), backward) of one position of causal linear attention."""
+    elu, acc = phi is FEATURE_MAPS["elu1"], accumulator(v.dtype)
+    q_wide, k_wide = (cast(x, acc) for x in (q, k))
+    fq, fk = (q, k) if elu else (cast(phi.forward(x), acc) for x in (q_wide, k_wide))
+    out, S, z, inverse = attention_step(fq, fk, v, *state, elu, eps)
+
+    def backward(dout: np.ndarray | None, dend: State | None) -> tuple[np.ndarray, ...]:
+        do = np.zeros_like(out) if dout is None else dout
+        start, d_end = (None if x is None else np.concatenate([x.S, x.z[..., None]], -1) for x in (state, dend))
+        at = [x[..., None, :] for x in (do, fq, fk, v, out)]
+        dq, dk, dv, dstart = attention_backward(at[0], d_end, *at[1:4], start, at[4], inverse[..., None], elu, None, None)
+        dq, dk, dv = (x[..., 0, :] for x in (dq, dk, dv))
+        if not elu:
+            dq, dk = (cast(phi.backward(d, x), q.dtype) for d, x in ((dq, q_wide), (dk, k_wide)))
+        return dq, dk, dv, dstart
+
+    return (out, State(S, z)), backward
+
+
+def attention_step(q: np.ndarray, k: np.ndarray, v: np.ndarray, S: np.ndarray, z: np.ndarray, elu: bool,
+                   eps: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """out, S, z and 1 / (den + ε) of one position of causal linear attention, from S and z in the accumulator dtype."""
+    acc, out = accumulator(v.dtype), np.empty((*q.shape[:-1], v.shape[-1]), v.dtype)
+    S, z = (x.astype(acc, copy=not x.flags.aligned) for x in (S, z))
+    after, z_after, inverse = np.empty(S.shape, acc), np.empty(z.shape, acc), np.empty(q.shape[:-1], acc)
+    Q, K, V, O, S0, z0, E, e, den = _flats(k.ndim - 1, q, k, v, out, S, z, after, z_after, inverse)
+
+    def work(keys: slice, queries: slice) -> None:
+        here = _room(O, queries, acc)
+        run("attention_step_heads", _wide(Q, queries, acc), _wide(K, keys, acc), _wide(V, keys, acc), S0[keys], z0[keys], E[keys], e[keys], here,
+            den[queries], acc.type(eps), acc.type(1) if elu else None)
+        _put(O, queries, here)
+
+    _over_heads(work, Q, K, cast_one=False)
+    return out, after, z_after, inverse
+
+
 def _start(k: np.ndarray, v: np.ndarray, state: np.ndarray | None, acc: Any) -> np.ndarray:
     return np.zeros((*k.shape[:-2], k.shape[-1], v.shape[-1]), acc) if state is None else state.astype(acc, copy=not state.flags.aligned)
 
 
-def _flats(k: np.ndarray, *arrays: Any) -> list[Any]:
-    """Each array with one axis for what leads; of arrays without heads, one head."""
-    lead = k.ndim - 2
+def _flats(lead: int, *arrays: Any) -> list[Any]:
+    """Each array with one axis for the `lead` axes before a head's; of arrays without heads, one head."""
     return [_flat(x, x.ndim - lead) if x is not None else None for x in arrays]
 
 
@@ -162,7 +219,7 @@ def attention_forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, start: np.nda
     them already. `nq`, `nk`: lengths (..., G·H) and (..., H)."""
     acc = accumulator(v.dtype)
     out, end, inverse = _unset((*q.shape[:-1], v.shape[-1]), v.dtype, nq), np.empty(start.shape, acc), np.empty(q.shape[:-1], acc)
-    Q, K, V, O, S, E, den = _flats(k, q, k, v, out, start.astype(acc, copy=False), end, inverse)
+    Q, K, V, O, S, E, den = _flats(k.ndim - 2, q, k, v, out, start.astype(acc, copy=False), end, inverse)
     lengths_q, lengths_k = _lengths(nq, Q), _lengths(nk, K)
 
     def work(keys: slice, queries: slice) -> None:
@@ -180,8 +237,8 @@ def attention_backward(dout: np.ndarray, dend: np.ndarray | None, q: np.ndarray,
     """dq, dk, dv, d[S_0 | z_0], see `refattn.compiled.attention`."""
     acc = accumulator(v.dtype)
     dq, dk, dv = (_unset(x.shape, x.dtype, n) for x, n in ((q, nq), (k, nk), (v, nk)))
-    dstart = np.zeros(start.shape, acc) if dend is None else np.array(dend, acc)
-    Q, K, V, O, S, R, den, dO, dQ, dK, dV = _flats(k, q, k, v, out, start.astype(acc, copy=False), dstart, inverse, dout, dq, dk, dv)
+    dstart = np.zeros(start.shape, acc) if dend is None else np.array(dend, acc, order="C")
+    Q, K, V, O, S, R, den, dO, dQ, dK, dV = _flats(k.ndim - 2, q, k, v, out, start.astype(acc, copy=False), dstart, inverse, dout, dq, dk, dv)
     lengths_q, lengths_k = _lengths(nq, Q), _lengths(nk, K)
 
     def work(keys: slice, queries: slice) -> None:
