@@ -200,8 +200,8 @@ def causal_linear_attention_step(q_t: Array, k_t: Array, v_t: Array, state: Stat
     xp, axes, phi, eps, state = _check_step(q_t, k_t, v_t, state, feature_map, eps, compiled)
     acc = accumulator(v_t.dtype)
     if compiled and q_t.size and v_t.size:
-        from .compiled.launch import step
-        return step(q_t, k_t, v_t, state, phi, eps)[0]
+        from .compiled.launch import attend_step
+        return attend_step(q_t, k_t, v_t, state, phi, eps)[0]
     if phi in _FUSED and has_kernels(xp, axes.D, axes.M):
         from .cuda import launch
         out, *new = launch.causal_step(xp, q_t, k_t, v_t, *state, feature=_FUSED[phi], normalised=True, eps=eps)
@@ -217,8 +217,8 @@ def causal_linear_attention_step_vjp(q_t: Array, k_t: Array, v_t: Array, state: 
     xp, axes, phi, eps, before = _check_step(q_t, k_t, v_t, state, feature_map, eps, compiled)
     acc = accumulator(v_t.dtype)
     if compiled and q_t.size and v_t.size:
-        from .compiled.launch import step
-        outputs, backward = step(q_t, k_t, v_t, before, phi, eps)
+        from .compiled.launch import attend_step
+        outputs, backward = attend_step(q_t, k_t, v_t, before, phi, eps)
 
         def loops(dout: Array | None, dstate: Any = None) -> tuple[Array, Array, Array, State | None]:
             check_cotangent("dout_t", dout, outputs[0])

@@ -45,6 +45,11 @@ def attention_rounds(attention: Any) -> int:
     return int(attention.removeprefix("lsh-"))
 
 
+def check_compiles(attention: str, compiled: bool) -> None:
+    if compiled and attention != "linear":
+        raise ValueError(f"compiled: expected False for attention {attention!r}, got True; only linear attention has compiled loops")
+
+
 def attention_inputs(attention: str) -> tuple[str, ...]:
     """The projections that attention reads, by name. Those of LSH attention: the query is the key too.
 
@@ -55,7 +60,8 @@ def attention_inputs(attention: str) -> tuple[str, ...]:
 
 
 def attention_forward(params: Params, name: str, x: Array, *, heads: int, attention: str = "linear", feature_map: str = "elu1",
-                      causal: bool = False, lengths: Any = None, rng: np.random.Generator | None = None) -> tuple[Array, Residuals]:
+                      causal: bool = False, lengths: Any = None, rng: np.random.Generator | None = None,
+                      compiled: bool = False) -> tuple[Array, Residuals]:
     """Multi-head self-attention.
 
         q, k, v = split(x W_q + b_q), split(x W_k + b_k), split(x W_v + b_v)        split: (..., N, E) → (..., H, N, D), D = E/H
@@ -82,6 +88,8 @@ def attention_forward(params: Params, name: str, x: Array, *, heads: int, attent
         How many positions of each sequence are real. Padded rows of y are zeros, and whatever padding holds (NaN too) reaches nothing.
     rng : numpy.random.Generator, optional
         Needed by "lsh-R" and by nothing else: its rotations are drawn from it, the same for all sequences and heads.
+    compiled : bool
+        True: causal linear attention of NumPy arrays by loops that Numba compiles, see `refattn.compiled`. The others have none.
 
     Returns
     -------
@@ -92,8 +100,8 @@ def attention_forward(params: Params, name: str, x: Array, *, heads: int, attent
     Raises
     ------
     ValueError
-        `heads: expected a divisor of E = 8, got 3`; `attention: expected 'linear', 'softmax' or 'lsh-R' …`; `rng: expected …`; a missing key
-        of params.
+        `heads: expected a divisor of E = 8, got 3`; `attention: expected 'linear', 'softmax' or 'lsh-R' …`; `compiled: expected False for attention
+        'softmax', got True; …`; `rng: expected …`; a missing key of params.
 
     Notes
     -----
@@ -108,7 +116,7 @@ def attention_forward(params: Params, name: str, x: Array, *, heads: int, attent
     [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
     """
     xp = namespace(x=x)
-    _check_attention(x, heads, attention, "(..., N, E)", 2)
+    _check_attention(x, heads, attention, "(..., N, E)", 2, compiled)
     real = real_positions(xp, "lengths", lengths, x.shape[:-1])
     x = keep_real(xp, real, x)
     inputs, rounds = attention_inputs(attention), attention_rounds(attention)
@@ -116,7 +124,8 @@ def attention_forward(params: Params, name: str, x: Array, *, heads: int, attent
     if rounds:
         mixed, pullback = _lsh_vjp(*qkv, rounds=rounds, causal=causal, lengths=lengths, real=real, rng=rng)
     else:
-        mixed, pullback = _attend_vjp(attention, feature_map, *qkv, causal=causal, query_lengths=lengths, key_lengths=lengths)
+        loops = {"compiled": True} if compiled else {}
+        mixed, pullback = _attend_vjp(attention, feature_map, *qkv, causal=causal, query_lengths=lengths, key_lengths=lengths, **loops)
     out, r_out = affine_forward(_merge(mixed), *affine_params(params, f"{name}.out"))
     return keep_real(xp, real, out), (name, inputs, heads, real, r_in, pullback, r_out)
 
@@ -163,12 +172,12 @@ def recurrent_inputs(attention: str) -> tuple[str, ...]:
 
 
 def attention_prefill(params: Params, name: str, x: Array, *, heads: int, attention: str = "linear",
-                      feature_map: str = "elu1") -> tuple[Array, Any]:
+                      feature_map: str = "elu1", compiled: bool = False) -> tuple[Array, Any]:
     """Causal attention of a whole prefix, as `attention_forward(…, causal=True)`, together with what `attention_step` goes on from.
 
     Parameters
     ----------
-    params, name, x, heads, attention, feature_map
+    params, name, x, heads, attention, feature_map, compiled
         As in `attention_forward`; no padding, and not "lsh-R", which sorts whole sequences and so has no state.
 
     Returns
@@ -185,11 +194,11 @@ def attention_prefill(params: Params, name: str, x: Array, *, heads: int, attent
     >>> state.z.tolist()
     [[6.0, 6.0]]
     """
-    _check_attention(x, heads, attention, "(..., N, E)", 2)
+    _check_attention(x, heads, attention, "(..., N, E)", 2, compiled)
     q, k, v = (_split(affine_forward(x, *affine_params(params, f"{name}.{part}"))[0], heads, 1)[0] for part in recurrent_inputs(attention))
     state: Any
     if attention == "linear":
-        mixed, state = causal_linear_attention(q, k, v, feature_map=feature_map)
+        mixed, state = causal_linear_attention(q, k, v, feature_map=feature_map, compiled=compiled)
     else:
         mixed, state = softmax_prefill(q, k, v)
     return affine_forward(_merge(mixed), *affine_params(params, f"{name}.out"))[0], state
@@ -224,12 +233,12 @@ def attention_init(lead: tuple[int, ...], width: int, dtype: Any = np.float32, *
 
 
 def attention_step(params: Params, name: str, x_t: Array, state: Any = None, *, heads: int, attention: str = "linear",
-                   feature_map: str = "elu1") -> tuple[Array, Any]:
+                   feature_map: str = "elu1", compiled: bool = False) -> tuple[Array, Any]:
     """One position of causal attention (eq. (16) to (19) of the paper for linear attention): the recurrent twin of `attention_forward`.
 
     Parameters
     ----------
-    params, name, heads, attention, feature_map
+    params, name, heads, attention, feature_map, compiled
         As in `attention_forward`.
     x_t : (..., E)
     state : optional
@@ -248,11 +257,11 @@ def attention_step(params: Params, name: str, x_t: Array, state: Any = None, *, 
     >>> np.round(out_t, 5).tolist()
     [1.0, 1.0]
     """
-    _check_attention(x_t, heads, attention, "(..., E)", 1)
+    _check_attention(x_t, heads, attention, "(..., E)", 1, compiled)
     shape = (*x_t.shape[:-1], heads, x_t.shape[-1] // heads)
     q, k, v = (affine_forward(x_t, *affine_params(params, f"{name}.{part}"))[0].reshape(shape) for part in recurrent_inputs(attention))
     if attention == "linear":
-        mixed, state = causal_linear_attention_step(q, k, v, state, feature_map=feature_map)
+        mixed, state = causal_linear_attention_step(q, k, v, state, feature_map=feature_map, compiled=compiled)
     else:
         mixed, state = softmax_step(q, k, v, state)
     return affine_forward(mixed.reshape(x_t.shape), *affine_params(params, f"{name}.out"))[0], state
@@ -477,10 +486,11 @@ def _merge(x: Array) -> Array:
     return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
-def _check_attention(x: Array, heads: int, attention: str, axes: str, least: int) -> None:
+def _check_attention(x: Array, heads: int, attention: str, axes: str, least: int, compiled: bool = False) -> None:
     if x.ndim < least:
         raise ValueError(f"x: expected {axes}, got {tuple(x.shape)}")
     attention_rounds(attention)
+    check_compiles(attention, compiled)
     _check_heads(heads, x.shape[-1])
 
 

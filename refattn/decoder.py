@@ -51,6 +51,7 @@ from .transformer import (
     params_init,
     positions_forward,
     read_forward,
+    self_options,
     stack_backward,
     stack_decode,
     stack_forward,
@@ -179,7 +180,7 @@ def decoder_forward(params: Params, inputs: Array, memory: Array, config: Config
     width = _check_params(params, config)
     options = attention_options(config)
     logits, residuals = stack_forward(params, inputs, config, lengths, {
-        "attention": lambda i, name, y: attention_layer.attention_forward(params, name, y, causal=True, lengths=lengths, **options),
+        "attention": lambda i, name, y: attention_layer.attention_forward(params, name, y, causal=True, lengths=lengths, **self_options(config)),
         "cross": lambda i, name, y: attention_layer.cross_attention_forward(params, name, y, memory, lengths=lengths,
                                                                             memory_lengths=memory_lengths, **options)})
     return logits, (config, width, residuals)
@@ -266,7 +267,7 @@ def decoder_prefill(params: Params, inputs: Array, memory: Array, config: Config
     x, _ = positions_forward(params, x, config, 0)
     options = attention_options(config)
     logits, states = stack_decode(params, x, config, {
-        "attention": lambda i, name, y: attention_layer.attention_prefill(params, name, y, **options),
+        "attention": lambda i, name, y: attention_layer.attention_prefill(params, name, y, **self_options(config)),
         "cross": lambda i, name, y: (attention_layer.cross_attention_read(params, name, y, kept[i], **options), None)})
     return logits, DecoderState(shape[-1], states, kept)
 
@@ -337,7 +338,7 @@ def decoder_step(params: Params, input_t: Array, state: DecoderState, config: Co
     x, _ = positions_forward(params, x[..., None, :], config, state.position)
     options = attention_options(config)
     logits_t, states = stack_decode(params, x[..., 0, :], config, {
-        "attention": lambda i, name, y: attention_layer.attention_step(params, name, y, state.layers[i], **options),
+        "attention": lambda i, name, y: attention_layer.attention_step(params, name, y, state.layers[i], **self_options(config)),
         "cross": lambda i, name, y: (
             attention_layer.cross_attention_read(params, name, y[..., None, :], state.memory[i], **options)[..., 0, :], None)})
     return logits_t, DecoderState(state.position + 1, states, state.memory)

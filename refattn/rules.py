@@ -217,8 +217,9 @@ def recurrence_step_vjp(q_t: Array, k_t: Array, v_t: Array, g_t: Array | None = 
 
 
 def _compiled_step(arrays: tuple[Any, ...], state: Any, scale: float) -> tuple[tuple[Array, Array], Pullback]:
-    from .compiled.launch import backward, recurrence_step
-    out, end, residuals = recurrence_step(*arrays, state)
+    from .compiled.launch import backward, forward_step
+    q, k, v, g, beta = arrays
+    out, end, residuals = forward_step(q, k, v, g, beta, state)
     out = _scaled(out, scale)
 
     def pullback(dout: Array | None, dstate: Array | None = None) -> tuple[Array | None, ...]:

@@ -42,6 +42,7 @@ class Config(NamedTuple):
     attention : "linear", "softmax" or "lsh-R", the Reformer's with R rounds of hashing;  feature_map : φ of linear attention
     norm : "pre" or "post";  causal : position i sees positions ≤ i only
     positions : "learned" or "sinusoidal";  activation : "gelu" or "relu"
+    compiled : causal linear attention by loops that Numba compiles (extra `numba`); decoding, with `decoding_step`, all of it
     """
 
     vocabulary: int
@@ -58,6 +59,7 @@ class Config(NamedTuple):
     activation: str = "gelu"
     features: int = 0
     outputs: int = 0
+    compiled: bool = False
 
 
 class TransformerState(NamedTuple):
@@ -88,6 +90,7 @@ def transformer_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         check_positive(name, getattr(config, name))
     if config.width % config.heads:
         raise ValueError(f"heads: expected a divisor of width = {config.width}, got {config.heads}")
+    attention_layer.check_compiles(config.attention, config.compiled)
     check_choice("norm", config.norm, ("pre", "post"))
     check_choice("positions", config.positions, ("learned", "sinusoidal"))
     check_choice("activation", config.activation, tuple(layers.ACTIVATIONS))
@@ -187,7 +190,7 @@ def transformer_forward(params: Params, inputs: Array, config: Config, *, length
     """
     check_params(params, transformer_shapes(config))
     return stack_forward(params, inputs, config, lengths, {"attention": lambda i, name, y: attention_layer.attention_forward(
-        params, name, y, causal=config.causal, lengths=lengths, rng=rng, **attention_options(config))})
+        params, name, y, causal=config.causal, lengths=lengths, rng=rng, **self_options(config))})
 
 
 def transformer_backward(dlogits: Array, residuals: Residuals) -> Grads:
@@ -257,7 +260,7 @@ def transformer_prefill(params: Params, inputs: Array, config: Config) -> tuple[
     x, _ = read_forward(params, inputs, config)
     x, _ = positions_forward(params, x, config, 0)
     logits, states = stack_decode(params, x, config, {"attention": lambda i, name, y: attention_layer.attention_prefill(
-        params, name, y, **attention_options(config))})
+        params, name, y, **self_options(config))})
     return logits, TransformerState(shape[-1], states)
 
 
@@ -324,7 +327,7 @@ def transformer_step(params: Params, input_t: Array, state: TransformerState, co
     x, _ = read_forward(params, input_t, config)
     x, _ = positions_forward(params, x[..., None, :], config, state.position)
     logits_t, states = stack_decode(params, x[..., 0, :], config, {"attention": lambda i, name, y: attention_layer.attention_step(
-        params, name, y, state.layers[i], **attention_options(config))})
+        params, name, y, state.layers[i], **self_options(config))})
     return logits_t, TransformerState(state.position + 1, states)
 
 
@@ -439,6 +442,10 @@ def positions_forward(params: Params, x: Array, config: Config, start: int) -> t
 
 def attention_options(config: Config) -> dict[str, Any]:
     return {"heads": config.heads, "attention": config.attention, "feature_map": config.feature_map}
+
+
+def self_options(config: Config) -> dict[str, Any]:
+    return {**attention_options(config), "compiled": config.compiled}
 
 
 def affine_shapes(name: str, *shape: int) -> dict[str, tuple[int, ...]]:

@@ -199,7 +199,8 @@ def test_attention_step_by_step_is_attention(feature_map: str, case: Any, seed: 
     rng, six = np.random.default_rng(seed), ("dq", "dk", "dv")
     S, z = (rng.random(shape).astype(np.float32) + 0.25 for shape in (case.state.shape, case.state.shape[:-1]))
     dz = rng.standard_normal(z.shape).astype(np.float32)
-    phi, dphi = {"elu1": (oracle.eq7, lambda x: np.exp(np.minimum(x, 0))), "relu": (lambda x: np.maximum(x, 0), lambda x: (x > 0).astype(float))}[feature_map]
+    phi, dphi = {"elu1": (oracle.eq7, lambda x: np.exp(np.minimum(x, 0))),
+                 "relu": (lambda x: np.maximum(x, 0), lambda x: (x > 0).astype(float))}[feature_map]
     options: dict[str, Any] = {"feature_map": feature_map, "eps": 0.5}
     state, outs, pullbacks = State(strided(S, rng), strided(z, rng)), [], []
     for t in range(case.dims.N):

@@ -129,8 +129,8 @@ def backward(dout: np.ndarray, dstate: np.ndarray | None, residuals: Residuals) 
     return dq, dk, dv, dg, dbeta, dstart
 
 
-def recurrence_step(q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.ndarray | None, beta: np.ndarray | None,
-         state: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, Residuals]:
+def forward_step(q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.ndarray | None, beta: np.ndarray | None,
+                 state: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, Residuals]:
     """`forward` of one position, arrays without its axis; the residuals are for `backward`, with that axis."""
     acc, out = accumulator(v.dtype), np.empty((*q.shape[:-1], v.shape[-1]), v.dtype)
     start, end = _start(k[..., None, :], v[..., None, :], state, acc), np.empty((*k.shape, v.shape[-1]), acc)
@@ -147,8 +147,8 @@ def recurrence_step(q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.ndarray |
     return out, end, (*at, state)
 
 
-def step(q: np.ndarray, k: np.ndarray, v: np.ndarray, state: State, phi: FeatureMap,
-         eps: float) -> tuple[tuple[np.ndarray, State], Callable[[np.ndarray | None, State | None], Any]]:
+def attend_step(q: np.ndarray, k: np.ndarray, v: np.ndarray, state: State, phi: FeatureMap,
+                eps: float) -> tuple[tuple[np.ndarray, State], Callable[[np.ndarray | None, State | None], Any]]:
     """((out, state), backward) of one position of causal linear attention."""
     elu, acc = phi is FEATURE_MAPS["elu1"], accumulator(v.dtype)
     q_wide, k_wide = (cast(x, acc) for x in (q, k))
@@ -157,10 +157,11 @@ def step(q: np.ndarray, k: np.ndarray, v: np.ndarray, state: State, phi: Feature
 
     def backward(dout: np.ndarray | None, dend: State | None) -> tuple[np.ndarray, ...]:
         do = np.zeros_like(out) if dout is None else dout
-        start, d_end = (None if x is None else np.concatenate([x.S, x.z[..., None]], -1) for x in (state, dend))
-        at = [x[..., None, :] for x in (do, fq, fk, v, out)]
-        dq, dk, dv, dstart = attention_backward(at[0], d_end, *at[1:4], start, at[4], inverse[..., None], elu, None, None)
-        dq, dk, dv = (x[..., 0, :] for x in (dq, dk, dv))
+        start = np.concatenate([state.S, state.z[..., None]], -1)
+        d_end = None if dend is None else np.concatenate([dend.S, dend.z[..., None]], -1)
+        do, Q, K, V, o = (x[..., None, :] for x in (do, fq, fk, v, out))
+        *d, dstart = attention_backward(do, d_end, Q, K, V, start, o, inverse[..., None], elu, None, None)
+        dq, dk, dv = (x[..., 0, :] for x in d)
         if not elu:
             dq, dk = (cast(phi.backward(d, x), q.dtype) for d, x in ((dq, q_wide), (dk, k_wide)))
         return dq, dk, dv, dstart
