@@ -8,7 +8,7 @@ product behind it. With c = x - mean(x) and x̂ = c / √(mean(c²) + ε),
 
     (x̂ ∘ w + b) W + a  =  (c / √(Σ c² + E ε)) (√E Diag(w) W) + (b W + a)
 
-The equations are those of `refattn.transformer`; the laws hold both to be the same function.
+The equations are those of `refattn.transformer`; the laws hold both to be the same function. `refattn/compiled/model.py` does the same in one loop.
 
 Axes   B sequences side by side · E model width · H heads · D, M features of a head · F = φ's
 """
@@ -56,7 +56,8 @@ def decoding_step(params: Params, config: Config, state: TransformerState) -> Ca
     Notes
     -----
     The flops of `transformer_step` without its copy of the states. Where it has no shorter way (norm "post", float16, arrays other than NumPy's)
-    it is `transformer_step`.
+    it is `transformer_step`. With `compiled` of the config and φ = elu + 1 the whole step is one loop that Numba compiles, each thread having some of
+    the sequences.
 
     Examples
     --------
@@ -84,16 +85,26 @@ def decoding_step(params: Params, config: Config, state: TransformerState) -> Ca
         return plain
     transformer_step(params, zeros, state, config)                  # says what is wrong with any of them
     B, E, position = len(zeros), config.width, state.position
-    blocks = []
-    for i, layer in enumerate(state.layers):
-        name = f"blocks.{i}"
-        parts = [affine_params(params, f"{name}.attention.{part}") for part in ("query", "key", "value")]
-        qkv = np.concatenate([w for w, _ in parts], 1), np.concatenate([b for _, b in parts])
-        blocks.append((_folded(params, f"{name}.attention.norm", *qkv), _attend(layer, config, B, head.dtype),
-                       affine_params(params, f"{name}.attention.out"),
-                       _folded(params, f"{name}.feed_forward.norm", *affine_params(params, f"{name}.feed_forward.in")),
-                       affine_params(params, f"{name}.feed_forward.out")))
+    products = [_products(params, f"blocks.{i}") for i in range(config.layers)]
     W_head, b_head = _folded(params, "norm", *affine_params(params, "head"))
+
+    def read(input_t: np.ndarray) -> np.ndarray:
+        nonlocal position
+        if input_t.shape != zeros.shape:
+            raise ValueError(f"input_t: expected {'(B, features)' if config.features else '(B,)'} = {zeros.shape}, got {input_t.shape}; "
+                             "the state is of so many sequences")
+        check_inputs(params, input_t, config, ())
+        x, _ = read_forward(params, input_t, config)
+        x = positions_forward(params, x[:, None], config, position)[0][:, 0]
+        position += 1
+        return x
+
+    if config.compiled and config.feature_map == "elu1":
+        from .compiled.launch import decoder
+        decode = decoder([*(part for block in products for part in block), (W_head, b_head)], state.layers, EPS_NORM, EPS_ATTENTION,
+                         config.activation)
+        return lambda input_t: decode(read(input_t))
+    attends = [_attend(layer, config, B, head.dtype) for layer in state.layers]
     mean_of, mean, rate = np.full((E, 1), 1 / E, head.dtype), np.empty((B, 1), head.dtype), np.empty((B, 1), head.dtype)
     centred, more = np.empty((B, E), head.dtype), np.empty((B, E), head.dtype)
     projected, inner = np.empty((B, 3 * E), head.dtype), np.empty((B, config.feed_forward), head.dtype)
@@ -108,14 +119,8 @@ def decoding_step(params: Params, config: Config, state: TransformerState) -> Ca
         return np.divide(centred, rate, out=centred)
 
     def step(input_t: np.ndarray) -> np.ndarray:
-        nonlocal position
-        if input_t.shape != zeros.shape:
-            raise ValueError(f"input_t: expected {'(B, features)' if config.features else '(B,)'} = {zeros.shape}, got {input_t.shape}; "
-                             "the state is of so many sequences")
-        check_inputs(params, input_t, config, ())
-        x, _ = read_forward(params, input_t, config)
-        x = positions_forward(params, x[:, None], config, position)[0][:, 0]
-        for (W_qkv, b_qkv), attend, (W_out, b_out), (W_in, b_in), (W_back, b_back) in blocks:
+        x = read(input_t)
+        for ((W_qkv, b_qkv), (W_out, b_out), (W_in, b_in), (W_back, b_back)), attend in zip(products, attends, strict=True):
             np.matmul(normalised(x), W_qkv, out=projected)
             np.add(projected, b_qkv, out=projected)
             x += np.matmul(attend(projected.reshape(B, 3, config.heads, -1)), W_out, out=more)
@@ -125,10 +130,18 @@ def decoding_step(params: Params, config: Config, state: TransformerState) -> Ca
             active = np.maximum(inner, 0, out=inner) if config.activation == "relu" else layers.gelu_forward(inner)[0]
             x += np.matmul(active, W_back, out=more)
             x += b_back
-        position += 1
         return np.asarray(normalised(x) @ W_head + b_head)
 
     return step
+
+
+def _products(params: Params, block: str) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """(W, b) of a block in the order of their use: query, key and value side by side, out, and both of the feed-forward."""
+    parts = [affine_params(params, f"{block}.attention.{part}") for part in ("query", "key", "value")]
+    qkv = np.concatenate([w for w, _ in parts], 1), np.concatenate([b for _, b in parts])
+    return (_folded(params, f"{block}.attention.norm", *qkv), affine_params(params, f"{block}.attention.out"),
+            _folded(params, f"{block}.feed_forward.norm", *affine_params(params, f"{block}.feed_forward.in")),
+            affine_params(params, f"{block}.feed_forward.out"))
 
 
 def _folded(params: Params, norm: str, W: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,8 @@ was added up: no path through these models has more roundings, and any mistake i
 """
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -34,8 +36,10 @@ configs = st.builds(Config, vocabulary=st.just(7), length=st.just(6), width=st.j
                     attention=st.sampled_from(["linear", "softmax", "lsh-1", "lsh-3"]),
                     norm=st.sampled_from(["pre", "post"]), causal=st.booleans(), positions=st.sampled_from(["learned", "sinusoidal"]),
                     activation=st.just("gelu"), feature_map=st.just("elu1"), features=st.sampled_from([0, 0, 3]),
-                    outputs=st.sampled_from([0, 0, 5]))
-recurrent = st.builds(lambda c, attention: c._replace(causal=True, attention=attention), configs, st.sampled_from(["linear", "softmax"]))
+                    outputs=st.sampled_from([0, 0, 5]), compiled=st.just(False))
+if importlib.util.find_spec("numba") is not None:                                # every second linear model has its loops compiled
+    configs = st.builds(lambda c, compiled: c._replace(compiled=compiled and c.attention == "linear"), configs, st.booleans())
+recurrent = st.builds(lambda c, attention: c._replace(causal=True, attention=attention, compiled=c.compiled and attention == "linear"), configs, st.sampled_from(["linear", "softmax"]))
 
 
 @pytest.fixture(autouse=True, scope="module")

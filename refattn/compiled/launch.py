@@ -18,12 +18,13 @@ from ..features import FEATURE_MAPS, FeatureMap
 Residuals = tuple[Any, ...]
 WORTH_THREADS = 1 << 14     # numbers in q
 WRITTEN = {"forward_heads": (6, 7), "backward_heads": (7, 8, 9, 10, 11, 12), "attention_heads": (5, 6, 7, 8),
-           "attention_backward_heads": (8, 9, 10, 11, 12), "step_heads": (6, 7), "attention_step_heads": (5, 6, 7, 8)}
+           "attention_backward_heads": (8, 9, 10, 11, 12), "step_heads": (6, 7), "attention_step_heads": (5, 6, 7, 8),
+           "decoded": (1, 2, 4)}
 _variants: dict[Any, Any] = {}
 
 
 def run(name: str, *arguments: Any) -> None:
-    """The loop of this name in `heads` or `step`, compiled once for each dtype and each pattern of None, whatever the strides."""
+    """The loop of this name in `heads`, `step` or `model`, compiled once for each dtype and each pattern of None, whatever the strides."""
     key = (name, arguments[0].dtype, *(None if x is None else x.ndim for x in arguments))
     loop = _variants.get(key)
     if loop is None:
@@ -36,7 +37,7 @@ def _compiled(name: str, arguments: tuple[Any, ...]) -> Any:
     from numba import from_dtype, njit, types
     from numba.core.caching import FunctionCache
 
-    from . import heads, step
+    from . import heads, model, step
     from .tiles import options
 
     class Cache(FunctionCache):                                                       # type: ignore[misc]
@@ -45,7 +46,7 @@ def _compiled(name: str, arguments: tuple[Any, ...]) -> Any:
 
     kinds = (types.none if x is None else from_dtype(x.dtype) if not x.ndim else
              types.Array(from_dtype(x.dtype), x.ndim, "A", readonly=i not in WRITTEN[name]) for i, x in enumerate(arguments))
-    loop = njit(**options)(getattr(step if "step" in name else heads, name).py_func)
+    loop = njit(**options)(next(getattr(home, name) for home in (heads, step, model) if hasattr(home, name)).py_func)
     loop._cache = Cache(loop.py_func)
     loop.compile(types.void(*kinds))
     loop.disable_compile()
@@ -145,6 +146,32 @@ def forward_step(q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.ndarray | No
     _over_heads(work, Q, K, cast_one=False)
     at = (None if x is None else x[..., None, :] if x.ndim == k.ndim else x[..., None] for x in (q, k, v, g, beta))
     return out, end, (*at, state)
+
+
+def decoder(products: list[tuple[np.ndarray, np.ndarray]], states: tuple[State, ...], eps_norm: float, eps: float,
+            activation: str) -> Callable[[np.ndarray], np.ndarray]:
+    """A function of x (B, E), what a model has read, that gives its logits and goes on in copies of `states`, S (B, H, D, M) and z (B, H, D). Of its
+    products (W, b) in the order of their use the last is the head."""
+    from .model import padded_states, packed
+    S, z = padded_states(states)
+    weights, kind, outputs, inner = packed(products), z.dtype.type, len(products[-1][1]), len(products[2][1])
+
+    def decode(x: np.ndarray) -> np.ndarray:
+        out = np.empty((len(x), outputs), x.dtype)
+        threads = min(cores(), len(x)) if x.size >= WORTH_THREADS // 4 else 1
+        share = -(-len(x) // threads)
+
+        def work(some: slice) -> None:
+            run("decoded", x[some], S[:, some], z[:, some], weights, out[some], np.intp(inner), kind(eps_norm), kind(eps),
+                kind(1) if activation == "gelu" else None)
+
+        others = [_pool(threads).submit(work, slice(b, b + share)) for b in range(share, len(x), share)]
+        work(slice(0, share))
+        for other in others:
+            other.result()
+        return out
+
+    return decode
 
 
 def attend_step(q: np.ndarray, k: np.ndarray, v: np.ndarray, state: State, phi: FeatureMap,

@@ -154,11 +154,29 @@ def mul(typing: Any, a: Any, x: Any) -> Any:
 
 
 @intrinsic
-def add(typing: Any, x: Any, y: Any) -> Any:
+def add(typing: Any, a: Any, x: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fadd(args[0], args[1])
+        return builder.fadd(_spread(builder, args[0], args[1].type), args[1])
+
+    return x(_scalar(a, x), x), code
+
+
+@intrinsic
+def div(typing: Any, x: Any, y: Any) -> Any:
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fdiv(args[0], args[1])
 
     return x(x, x), code
+
+
+@intrinsic
+def at_least(typing: Any, least: Any, x: Any) -> Any:
+    """max(least, x), least a number; NaN of NaN."""
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bound = _spread(builder, args[0], args[1].type)
+        return builder.select(builder.fcmp_ordered("<", args[1], bound), bound, args[1])
+
+    return x(x.scalar, x), code
 
 
 @intrinsic
