@@ -39,7 +39,8 @@ configs = st.builds(Config, vocabulary=st.just(7), length=st.just(6), width=st.j
                     outputs=st.sampled_from([0, 0, 5]), compiled=st.just(False))
 if importlib.util.find_spec("numba") is not None:                                # every second linear model has its loops compiled
     configs = st.builds(lambda c, compiled: c._replace(compiled=compiled and c.attention == "linear"), configs, st.booleans())
-recurrent = st.builds(lambda c, attention: c._replace(causal=True, attention=attention, compiled=c.compiled and attention == "linear"), configs, st.sampled_from(["linear", "softmax"]))
+recurrent = st.builds(lambda c, attention: c._replace(causal=True, attention=attention, compiled=c.compiled and attention == "linear"), configs,
+                      st.sampled_from(["linear", "softmax"]))
 
 
 @pytest.fixture(autouse=True, scope="module")
