@@ -5,12 +5,13 @@ speed drifts. The limit of a form with f flops is f divided by the rate of a lar
 
 Peers are measured where they are installed: PyTorch (`scaled_dot_product_attention`) and the paper authors' `pytorch-fast-transformers`
 (their C++ kernel `causal_dot_product`, and their module `CausalLinearAttention` with φ and normaliser); with `--rule`, `onnxruntime`
-(the fused kernel of its operator `com.microsoft.LinearAttention`, on as many threads as we take).
+(the fused kernel of its operator `com.microsoft.LinearAttention`, on as many threads as we take). `--models` has steps of whole models.
 """
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import time
 import tracemalloc
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--chunks", action="store_true", help="only compare chunk sizes of the chunked form")
     parser.add_argument("--compiled", action="store_true", help="our loops compiled by Numba, for the product, attention and the rules")
     parser.add_argument("--rule", nargs="+", choices=RULES, help="only compare these rules of `recurrence` with rule linear")
+    parser.add_argument("--models", action="store_true", help="only a training step and a decoding step of whole models at the paper's sizes")
     parser.add_argument("--cuda-static", action="store_true", help="only the CUDA kernels, without a GPU: occupancy, traffic, roofline")
     parser.add_argument("--device", action="store_true", help="only the CUDA kernels, on a GPU: times")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
@@ -58,8 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     peers = installed_peers()
     print(f"{processor()}, {cores()} cores, Python {platform.python_version()}, NumPy {np.__version__}; "
           f"peers: {', '.join(peers) or 'none installed'}; float32, B·H = {args.heads}; {time.strftime('%Y-%m-%d')}")
+    if args.models:
+        from .transformer_bench import models_report
+        return _written(args.json, models_report(peers, args.seconds, args.smoke))
     figures: dict[str, Any] = {"chunks": _chunk_table(args)} if args.chunks else {"rules": _rule_table(args, peers)} if args.rule else {
         "products": _product_table(args, peers), "attention": _attention_table(args, peers)}
+    if args.compiled and not args.rule:
+        figures["cores"] = _cores_table(args)
     if not (args.chunks or args.rule or args.compiled):
         figures |= {"growth": _growth_table(args), "memory": _memory_table(args), "decoding": _decoding_table(args, peers)}
     return _written(args.json, figures)
@@ -143,6 +150,35 @@ def _growth_table(args: argparse.Namespace) -> list[dict[str, Any]]:
         ratios = {name: t[f"{name} {2 * N}"] / t[f"{name} {N}"] for name in ("bare", "attention", "both")}
         rows.append({"N": N, **ratios})
         _row(N, *(f"{r:.2f}" for r in ratios.values()))
+    return rows
+
+
+def _cores_table(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One core against all of them, the main thread being kept to one in turn."""
+    rows: list[dict[str, Any]] = []
+    if not hasattr(os, "sched_setaffinity") or cores() < 2:
+        return rows
+    every = os.sched_getaffinity(0)
+
+    def on_one(f: Callable[[], Any]) -> Any:
+        os.sched_setaffinity(0, [min(every)])
+        try:
+            return f()
+        finally:
+            os.sched_setaffinity(0, every)
+
+    for D in args.features:
+        _title(f"{len(every)} cores against one, D = M = {D}", "N", "product", "fwd+bwd", "attention", "fwd+bwd")
+        for N in args.lengths:
+            q, k, v, dout = _draw(args.heads, N, D, 4)
+            calls = [partial(recurrence, q, k, v, compiled=args.compiled),
+                     partial(_forward_and_backward, recurrence, dout, q, k, v, compiled=args.compiled),
+                     partial(causal_linear_attention, q, k, v, compiled=args.compiled),
+                     partial(_forward_and_backward, causal_linear_attention, dout, q, k, v, compiled=args.compiled)]
+            contest: Contest = {f"all {i}": call for i, call in enumerate(calls)} | {f"one {i}": partial(on_one, call) for i, call in enumerate(calls)}
+            t = medians(contest, args.seconds)
+            rows.append({"D": D, "N": N, **t})
+            _row(N, *(_times(t[f"one {i}"], t[f"all {i}"]) for i in range(4)))
     return rows
 
 

@@ -1,7 +1,8 @@
 """A decoding step of a whole model, some sequences at a time: what `refattn.decoding` does, without an array on the way that leaves the cache.
 
-Weights come as one array in the order of their use: of each matrix, (K, F), slabs of two vectors of columns, (K, 32) in float32, one behind the other,
-then its bias. A product is then what four rows read in a slab, as they read in a state (`sweep.read`), and each weight is read once for GROUP sequences.
+Weights come as one array in the order of their use: of each matrix, (K, F), slabs of two vectors of columns, (K, 32) in float32, one behind the
+other, then its bias. A product is then what four rows read in a slab, as they read in a state (`sweep.read`), and each weight is read once for GROUP
+sequences.
 """
 from __future__ import annotations
 
