@@ -58,25 +58,44 @@ def _sources() -> str:
     return sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
 
 
-def _over_heads(work: Callable[[slice, slice], None], q: np.ndarray, k: np.ndarray, cast_one: bool) -> None:
-    """`work(key/value heads, the query heads that read them)` on as many threads as there are cores, which hold Numba's code, not Python's lock."""
-    H, groups = k.shape[0], q.shape[0] // max(k.shape[0], 1)
-    threads = min(cores(), H) if q.size >= WORTH_THREADS else 1
-    share = 1 if cast_one else -(-H // threads)
-    shares = [(slice(h, h + share), slice(h * groups, (h + share) * groups)) for h in range(0, H, share)]
-    if threads < 2:
-        for heads in shares:
-            work(*heads)
-    else:
-        others = [_pool(threads).submit(work, *heads) for heads in shares[1:]]
-        work(*shares[0])                                                            # by this thread, which would only wait
-        for other in others:
-            other.result()
+def _over_heads(work: Callable[..., None], lead: int, cast_one: bool, *arrays: Any) -> None:
+    """`work(key/value heads, the query heads that read them, *arrays)`, arrays (q, k, …) with one axis of heads for the `lead` axes that they have,
+    on as many threads as there are cores, which hold Numba's code, not Python's lock. With `cast_one`, a head at a time."""
+    parts = _parts(lead, arrays)
+    threads = min(cores(), sum(k.shape[0] for _, k, *_ in parts)) if arrays[0].size >= WORTH_THREADS else 1
+    shares = []
+    for q, k, *others in parts:
+        H, groups = k.shape[0], q.shape[0] // max(k.shape[0], 1)
+        most = 1 if cast_one else -(-H // (threads if len(parts) < threads else 1))
+        shares += [(slice(h, h + most), slice(h * groups, (h + most) * groups), q, k, *others) for h in range(0, H, most)]
+
+    def some(first: int) -> None:
+        for share in shares[first::threads]:
+            work(*share)
+
+    others = [_pool(threads).submit(some, i) for i in range(1, threads)]
+    some(0)                                                                             # by this thread, which would only wait
+    for other in others:
+        other.result()
 
 
-def _flat(x: Any, axes: int) -> Any:
-    """All leading axes as one: a view where strides allow it, as those of a fresh array do."""
-    return x if x is None or x.ndim == axes + 1 else x.reshape(math.prod(x.shape[:x.ndim - axes]), *x.shape[x.ndim - axes:])
+def _parts(lead: int, arrays: tuple[Any, ...]) -> list[list[Any]]:
+    """Views of the arrays with one axis for the `lead` axes before a head's: one of each where strides allow it, as those of fresh arrays do; else,
+    as where heads stand beside one another in a row, one for each index but that of heads."""
+    if lead < 2:
+        return [list(arrays) if lead else [None if x is None else x[None] for x in arrays]]
+    shape = arrays[0].shape[:lead - 1]
+    try:
+        return [[None if x is None else x.reshape(math.prod(x.shape[:lead]), *x.shape[lead:], copy=False) for x in arrays]]
+    except ValueError:
+        return [[None if x is None else x[index] for x in arrays] for index in np.ndindex(shape)]
+
+
+def _ordered_like(x: np.ndarray, shape: tuple[int, ...], fill: bool = False) -> np.ndarray:
+    """Room for results, axes in the order in which they stand in the memory of x: of heads side by side in a row, results are too."""
+    order = sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
+    room = (np.zeros if fill else np.empty)([shape[axis] for axis in order], x.dtype)
+    return room.transpose(np.argsort(order))
 
 
 def _wide(x: Any, at: slice, acc: Any) -> Any:
@@ -97,16 +116,15 @@ def _put(x: Any, at: slice, found: Any) -> None:
 def forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.ndarray | None, beta: np.ndarray | None,
             state: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, Residuals]:
     """out, state and residuals (the inputs) of `recurrence` with scale 1."""
-    acc, out = accumulator(v.dtype), np.empty((*q.shape[:-1], v.shape[-1]), v.dtype)
+    acc, out = accumulator(v.dtype), _ordered_like(q, (*q.shape[:-1], v.shape[-1]))
     start, end = _start(k, v, state, acc), np.empty((*k.shape[:-2], k.shape[-1], v.shape[-1]), acc)
-    Q, K, V, G, b, S, E, O = _flats(k.ndim - 2, q, k, v, g, beta, start, end, out)
 
-    def work(keys: slice, queries: slice) -> None:
+    def work(keys: slice, queries: slice, Q: Any, K: Any, V: Any, G: Any, b: Any, S: Any, E: Any, O: Any) -> None:
         here = _room(O, queries, acc)
         run("forward_heads", _wide(Q, queries, acc), *(_wide(x, keys, acc) for x in (K, V, G, b)), S[keys], E[keys], here, acc.type(1))
         _put(O, queries, here)
 
-    _over_heads(work, Q, K, acc != v.dtype)
+    _over_heads(work, k.ndim - 2, acc != v.dtype, q, k, v, g, beta, start, end, out)
     return out, end, (q, k, v, g, beta, state)
 
 
@@ -114,19 +132,18 @@ def backward(dout: np.ndarray, dstate: np.ndarray | None, residuals: Residuals) 
     """dq, dk, dv, dg, dbeta, dstate0, each of its array's shape and dtype; see `heads`."""
     q, k, v, g, beta, state = residuals
     acc = accumulator(v.dtype)
-    dq, dk, dv, dg, dbeta = (None if x is None else np.empty(x.shape, x.dtype) for x in (q, k, v, g, beta))
-    start, dstart = _start(k, v, state, acc), np.array(_start(k, v, dstate, acc), order="C")     # for `_flats` to make views of
-    Q, K, V, G, b, dO, S, R, dQ, dK, dV, dG, db = _flats(k.ndim - 2, q, k, v, g, beta, dout, start, dstart, dq, dk, dv, dg, dbeta)
-    if dG is not None and dG.ndim == 2:
-        dG = dG[..., None]
+    dq, dk, dv, dg, dbeta = (None if x is None else _ordered_like(x, x.shape) for x in (q, k, v, g, beta))
+    start, dstart = _start(k, v, state, acc), np.array(_start(k, v, dstate, acc))
 
-    def work(keys: slice, queries: slice) -> None:
+    def work(keys: slice, queries: slice, Q: Any, K: Any, V: Any, G: Any, b: Any, dO: Any, S: Any, R: Any, dQ: Any, dK: Any, dV: Any, dG: Any,
+             db: Any) -> None:
         rooms = [_room(dQ, queries, acc), *(_room(x, keys, acc) for x in (dK, dV, dG, db))]
         run("backward_heads", _wide(Q, queries, acc), *(_wide(x, keys, acc) for x in (K, V, G, b)), _wide(dO, queries, acc), S[keys], R[keys], *rooms)
         for x, at, found in zip((dQ, dK, dV, dG, db), (queries, keys, keys, keys, keys), rooms, strict=True):
             _put(x, at, found)
 
-    _over_heads(work, Q, K, acc != v.dtype)
+    _over_heads(work, k.ndim - 2, acc != v.dtype, q, k, v, g, beta, dout, start, dstart, dq, dk, dv,
+                dg[..., None] if dg is not None and dg.ndim < k.ndim else dg, dbeta)
     return dq, dk, dv, dg, dbeta, dstart
 
 
@@ -135,15 +152,13 @@ def forward_step(q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.ndarray | No
     """`forward` of one position, arrays without its axis; the residuals are for `backward`, with that axis."""
     acc, out = accumulator(v.dtype), np.empty((*q.shape[:-1], v.shape[-1]), v.dtype)
     start, end = _start(k[..., None, :], v[..., None, :], state, acc), np.empty((*k.shape, v.shape[-1]), acc)
-    Q, K, V, G, b, S, E, O = _flats(k.ndim - 1, q, k, v, g, beta, start, end, out)
-    G = G[:, None] if G is not None and G.ndim == 1 else G
 
-    def work(keys: slice, queries: slice) -> None:
+    def work(keys: slice, queries: slice, Q: Any, K: Any, V: Any, G: Any, b: Any, S: Any, E: Any, O: Any) -> None:
         here = _room(O, queries, acc)
         run("step_heads", _wide(Q, queries, acc), *(_wide(x, keys, acc) for x in (K, V, G, b)), S[keys], E[keys], here, acc.type(1))
         _put(O, queries, here)
 
-    _over_heads(work, Q, K, cast_one=False)
+    _over_heads(work, k.ndim - 1, False, q, k, v, g[..., None] if g is not None and g.ndim < k.ndim else g, beta, start, end, out)
     at = (None if x is None else x[..., None, :] if x.ndim == k.ndim else x[..., None] for x in (q, k, v, g, beta))
     return out, end, (*at, state)
 
@@ -202,25 +217,19 @@ def attention_step(q: np.ndarray, k: np.ndarray, v: np.ndarray, S: np.ndarray, z
     acc, out = accumulator(v.dtype), np.empty((*q.shape[:-1], v.shape[-1]), v.dtype)
     S, z = (x.astype(acc, copy=not x.flags.aligned) for x in (S, z))
     after, z_after, inverse = np.empty(S.shape, acc), np.empty(z.shape, acc), np.empty(q.shape[:-1], acc)
-    Q, K, V, O, S0, z0, E, e, den = _flats(k.ndim - 1, q, k, v, out, S, z, after, z_after, inverse)
 
-    def work(keys: slice, queries: slice) -> None:
+    def work(keys: slice, queries: slice, Q: Any, K: Any, V: Any, O: Any, S0: Any, z0: Any, E: Any, e: Any, den: Any) -> None:
         here = _room(O, queries, acc)
         run("attention_step_heads", _wide(Q, queries, acc), _wide(K, keys, acc), _wide(V, keys, acc), S0[keys], z0[keys], E[keys], e[keys], here,
             den[queries], acc.type(eps), acc.type(1) if elu else None)
         _put(O, queries, here)
 
-    _over_heads(work, Q, K, cast_one=False)
+    _over_heads(work, k.ndim - 1, False, q, k, v, out, S, z, after, z_after, inverse)
     return out, after, z_after, inverse
 
 
 def _start(k: np.ndarray, v: np.ndarray, state: np.ndarray | None, acc: Any) -> np.ndarray:
     return np.zeros((*k.shape[:-2], k.shape[-1], v.shape[-1]), acc) if state is None else state.astype(acc, copy=not state.flags.aligned)
-
-
-def _flats(lead: int, *arrays: Any) -> list[Any]:
-    """Each array with one axis for the `lead` axes before a head's; of arrays without heads, one head."""
-    return [_flat(x, x.ndim - lead) if x is not None else None for x in arrays]
 
 
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, start: np.ndarray, phi: FeatureMap, eps: float, nq: Any,
@@ -246,17 +255,15 @@ def attention_forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, start: np.nda
     """out, [S | z] behind the last position, and 1 / (den + ε), (..., G·H, N), of causal linear attention; φ = elu + 1 or what q and k have behind
     them already. `nq`, `nk`: lengths (..., G·H) and (..., H)."""
     acc = accumulator(v.dtype)
-    out, end, inverse = _unset((*q.shape[:-1], v.shape[-1]), v.dtype, nq), np.empty(start.shape, acc), np.empty(q.shape[:-1], acc)
-    Q, K, V, O, S, E, den = _flats(k.ndim - 2, q, k, v, out, start.astype(acc, copy=False), end, inverse)
-    lengths_q, lengths_k = _lengths(nq, Q), _lengths(nk, K)
+    out, end, inverse = _ordered_like(q, (*q.shape[:-1], v.shape[-1]), nq is not None), np.empty(start.shape, acc), np.empty(q.shape[:-1], acc)
 
-    def work(keys: slice, queries: slice) -> None:
+    def work(keys: slice, queries: slice, Q: Any, K: Any, V: Any, O: Any, S: Any, E: Any, den: Any, lengths_q: Any, lengths_k: Any) -> None:
         here = _room(O, queries, acc)
         run("attention_heads", _wide(Q, queries, acc), _wide(K, keys, acc), _wide(V, keys, acc), S[keys, :, :-1], S[keys, :, -1], E[keys, :, :-1],
             E[keys, :, -1], here, den[queries], lengths_q[queries], lengths_k[keys], acc.type(eps), acc.type(1) if elu else None)
         _put(O, queries, here)
 
-    _over_heads(work, Q, K, acc != v.dtype)
+    _over_heads(work, k.ndim - 2, acc != v.dtype, q, k, v, out, start.astype(acc, copy=False), end, inverse, _lengths(nq, q), _lengths(nk, k))
     return out, end, inverse
 
 
@@ -264,12 +271,11 @@ def attention_backward(dout: np.ndarray, dend: np.ndarray | None, q: np.ndarray,
                        out: np.ndarray, inverse: np.ndarray, elu: bool, nq: np.ndarray | None, nk: np.ndarray | None) -> tuple[Any, ...]:
     """dq, dk, dv, d[S_0 | z_0], see `refattn.compiled.attention`."""
     acc = accumulator(v.dtype)
-    dq, dk, dv = (_unset(x.shape, x.dtype, n) for x, n in ((q, nq), (k, nk), (v, nk)))
-    dstart = np.zeros(start.shape, acc) if dend is None else np.array(dend, acc, order="C")
-    Q, K, V, O, S, R, den, dO, dQ, dK, dV = _flats(k.ndim - 2, q, k, v, out, start.astype(acc, copy=False), dstart, inverse, dout, dq, dk, dv)
-    lengths_q, lengths_k = _lengths(nq, Q), _lengths(nk, K)
+    dq, dk, dv = (_ordered_like(x, x.shape, n is not None) for x, n in ((q, nq), (k, nk), (v, nk)))
+    dstart = np.zeros(start.shape, acc) if dend is None else np.array(dend, acc)
 
-    def work(keys: slice, queries: slice) -> None:
+    def work(keys: slice, queries: slice, Q: Any, K: Any, V: Any, O: Any, S: Any, R: Any, den: Any, dO: Any, dQ: Any, dK: Any, dV: Any,
+             lengths_q: Any, lengths_k: Any) -> None:
         rooms = [_room(dQ, queries, acc), _room(dK, keys, acc), _room(dV, keys, acc)]
         run("attention_backward_heads", _wide(Q, queries, acc), _wide(K, keys, acc), _wide(V, keys, acc), _wide(O, queries, acc), den[queries],
             _wide(dO, queries, acc), S[keys, :, :-1], S[keys, :, -1], R[keys, :, :-1], R[keys, :, -1], *rooms, lengths_q[queries], lengths_k[keys],
@@ -277,14 +283,10 @@ def attention_backward(dout: np.ndarray, dend: np.ndarray | None, q: np.ndarray,
         for x, at, found in zip((dQ, dK, dV), (queries, keys, keys), rooms, strict=True):
             _put(x, at, found)
 
-    _over_heads(work, Q, K, acc != v.dtype)
+    _over_heads(work, k.ndim - 2, acc != v.dtype, q, k, v, out, start.astype(acc, copy=False), dstart, inverse, dout, dq, dk, dv,
+                _lengths(nq, q), _lengths(nk, k))
     return dq, dk, dv, dstart
 
 
-def _unset(shape: tuple[int, ...], dtype: Any, lengths: Any) -> np.ndarray:
-    """Room for results, zeros where there are lengths, behind which nothing is written."""
-    return np.empty(shape, dtype) if lengths is None else np.zeros(shape, dtype)
-
-
 def _lengths(n: np.ndarray | None, x: np.ndarray) -> np.ndarray:
-    return np.full(x.shape[0], x.shape[1], np.intp) if n is None else n.reshape(-1).astype(np.intp)
+    return np.full(x.shape[:-2], x.shape[-2], np.intp) if n is None else np.broadcast_to(n, x.shape[:-2]).astype(np.intp)
