@@ -175,7 +175,8 @@ def _cores_table(args: argparse.Namespace) -> list[dict[str, Any]]:
                      partial(_forward_and_backward, recurrence, dout, q, k, v, compiled=args.compiled),
                      partial(causal_linear_attention, q, k, v, compiled=args.compiled),
                      partial(_forward_and_backward, causal_linear_attention, dout, q, k, v, compiled=args.compiled)]
-            contest: Contest = {f"all {i}": call for i, call in enumerate(calls)} | {f"one {i}": partial(on_one, call) for i, call in enumerate(calls)}
+            contest: Contest = {f"all {i}": call for i, call in enumerate(calls)}
+            contest |= {f"one {i}": partial(on_one, call) for i, call in enumerate(calls)}
             t = medians(contest, args.seconds)
             rows.append({"D": D, "N": N, **t})
             _row(N, *(_times(t[f"one {i}"], t[f"all {i}"]) for i in range(4)))

@@ -1,9 +1,10 @@
 """`python -m refattn bench --models`: a training step and a decoding step of whole models at the paper's sizes, beside PyTorch with the paper
 authors' `pytorch-fast-transformers` where that is installed.
 
-The model is theirs: layers of 256 with 8 heads, norm("post"), relu, a feed-forward of 1,024; tokens and learnt positions at its beginning, 30 numbers for
-each position at its end. For training it gets our weights, and its outputs and gradients are compared with ours on a short sequence (in a long one
-some relu stands so near to 0 that rounding decides it) before anything is timed; a step is forward, backward and Adam. Decoding is one token for each of B sequences; theirs is measured without embedding and head.
+The model is theirs: layers of 256 with 8 heads, norm("post"), relu, a feed-forward of 1,024; tokens and learnt positions at its beginning, 30 numbers
+for each position at its end. For training it gets our weights, and its outputs and gradients are compared with ours on a short sequence (in a long
+one some relu stands so near to 0 that rounding decides it) before anything is timed; a step is forward, backward and Adam. Decoding is one token for
+each of B sequences; theirs is measured without embedding and head.
 """
 from __future__ import annotations
 
@@ -84,7 +85,8 @@ def _their_step(peers: dict[str, Any], params: Any, tokens: np.ndarray, dlogits:
     for i, layer in enumerate(encoder.layers):
         theirs = {"attention.query": layer.attention.query_projection, "attention.key": layer.attention.key_projection,
                   "attention.value": layer.attention.value_projection, "attention.out": layer.attention.out_projection,
-                  "attention.norm": layer.norm1, "feed_forward.norm": layer.norm2, "feed_forward.in": layer.linear1, "feed_forward.out": layer.linear2}
+                  "attention.norm": layer.norm1, "feed_forward.norm": layer.norm2,
+                  "feed_forward.in": layer.linear1, "feed_forward.out": layer.linear2}
         for name, module in theirs.items():
             named[f"blocks.{i}.{name}.weight"] = module.weight, not name.endswith("norm")
             named[f"blocks.{i}.{name}.bias"] = module.bias, False
