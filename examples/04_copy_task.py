@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from refattn.experiment import (CUPY, Params, Row, Task, arguments, curves_draw, figure_save, library, like, require_extras, run, results_load,
-                                results_save, train, training_open)
+from refattn.experiment import (COMPILED, CUPY, Params, Row, Task, arguments, curves_draw, figure_save, library, like, require_extras, run,
+                                results_load, results_save, train, training_open)
 from refattn.losses import cross_entropy_backward, cross_entropy_forward
 from refattn.optim import AdamSlots, adam_step, clip_by_global_norm, dropped_rate, radam_step, warm_up
 from refattn.transformer import Config, transformer_backward, transformer_forward, transformer_init
@@ -43,9 +43,10 @@ def read(params: Params, config: Config, tokens: np.ndarray, n: np.ndarray, rng:
     return logits, targets, second, residuals
 
 
-def copy_task(system: str, scale: str, seed: int) -> tuple[Task, Config]:
+def copy_task(system: str, scale: str, seed: int, compiled: bool = False) -> tuple[Task, Config]:
     width, heads, layers, longest = SCALES[scale]
-    config = Config(SYMBOLS + 1, 2 * longest + 1, width, heads, layers, 4 * width, attention=system, positions="sinusoidal", activation="relu")
+    config = Config(SYMBOLS + 1, 2 * longest + 1, width, heads, layers, 4 * width, attention=system, positions="sinusoidal", activation="relu",
+                    compiled=compiled and system == "linear")
     step, rate = (radam_step, 1e-3) if scale == "paper" else (adam_step, 6e-3)
 
     def batch(update: int) -> tuple[Any, ...]:
@@ -91,6 +92,7 @@ def main() -> None:
     parser.add_argument("--system", choices=SYSTEMS, action="append", help="train this one; may be repeated (default: all, one after another)")
     parser.add_argument("--scale", choices=("small", "paper"), default="small", help="size of the models (default: %(default)s)")
     parser.add_argument("--cupy", action="store_true", help=CUPY)
+    parser.add_argument("--compiled", action="store_true", help=COMPILED)
     chosen = parser.parse_args()
     require_extras("safetensors", "tqdm", "matplotlib")
     xp = library(chosen.cupy)
@@ -98,7 +100,7 @@ def main() -> None:
     budget: dict[str, float] = {"updates": 2 * EVERY} if chosen.smoke else {"seconds": 60 * chosen.minutes}
     name = lambda system, ending: os.path.join(chosen.out, f"{scale}-{system}{ending}")
     for system in chosen.system or SYSTEMS:
-        task, config = copy_task(system, scale, chosen.seed)
+        task, config = copy_task(system, scale, chosen.seed, chosen.compiled)
         init = lambda config=config: transformer_init(np.random.default_rng(chosen.seed), config)
         state = training_open(name(system, ".safetensors"), task, init, xp)
         print(f"{system}: {sum(x.size for x in state.params.values()):,} weights, from update {state.update}", flush=True)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refattn.demo import digits_load
-from refattn.experiment import (CUPY, Params, Row, Task, arguments, curves_draw, epoch_part, figure_save, library, like, mosaics_save, moved,
+from refattn.experiment import (COMPILED, CUPY, Params, Row, Task, arguments, curves_draw, epoch_part, figure_save, library, like, mosaics_save, moved,
                                 require_extras, run, results_load, results_save, task_for_budget, train, training_open)
 from refattn.generate import generate
 from refattn.losses import bits, logistic_mixture_backward, logistic_mixture_forward, logistic_mixture_sample
@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=("small", "paper"), default="small", help="size of the models (default: %(default)s)")
     parser.add_argument("--test", type=int, metavar="COUNT", help="test images (default: about a minute's)")
     parser.add_argument("--cupy", action="store_true", help=CUPY)
+    parser.add_argument("--compiled", action="store_true", help=COMPILED)
     chosen = parser.parse_args()
     dataset = chosen.dataset or ("mnist" if chosen.data else "digits")
     scale = "smoke" if chosen.smoke else chosen.scale
@@ -166,7 +167,8 @@ def main() -> None:
     plan = {"dataset": dataset, "scale": scale, "seed": chosen.seed, "minutes": None if chosen.smoke else chosen.minutes, "batch": size, "rate": rate}
     name = lambda system, ending="": os.path.join(chosen.out, f"{dataset}-{scale}-{system}{ending}")
     for system in chosen.system or SYSTEMS:
-        config = Config(images.levels + 1, N, width, heads, layers, 4 * width, attention=system, outputs=3 * LOGISTICS)
+        config = Config(images.levels + 1, N, width, heads, layers, 4 * width, attention=system, outputs=3 * LOGISTICS,
+                        compiled=chosen.compiled and system == "linear")
         path, init = name(system, ".safetensors"), lambda config=config: transformer_init(np.random.default_rng(chosen.seed), config)
         some = lambda updates, config=config: image_task(images.train, config, {**plan, "updates": updates})
         task = some(4) if chosen.smoke else task_for_budget(path, some, init, 60 * chosen.minutes, range(3), xp)

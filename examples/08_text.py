@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from refattn.experiment import (
+    COMPILED,
     CUPY,
     Params,
     Row,
@@ -82,11 +83,12 @@ def text_read(path: str | None, seed: int, scale: str) -> str:
         return file.read()
 
 
-def text_task(system: str, scale: str, seed: int, text: str) -> tuple[Task, Config, np.ndarray]:
+def text_task(system: str, scale: str, seed: int, text: str, compiled: bool = False) -> tuple[Task, Config, np.ndarray]:
     """What to learn, by which model, and the held-out tokens."""
     width, heads, layers, length, batch_size, rate, lowest = SCALES[scale]
     characters = "".join(sorted(set(text)))
-    config = Config(len(characters), length, width, heads, layers, 4 * width, attention=system, positions="sinusoidal")
+    config = Config(len(characters), length, width, heads, layers, 4 * width, attention=system, positions="sinusoidal",
+                    compiled=compiled and system == "linear")
     index = {character: i for i, character in enumerate(characters)}
     tokens = np.array([index[character] for character in text])
     learnt, held_out = np.split(tokens, [len(tokens) - len(tokens) // 10])
@@ -242,6 +244,7 @@ def main() -> None:
     parser.add_argument("--characters", type=int, default=100_000, metavar="N", help="how many to draw (default: %(default)s)")
     parser.add_argument("--draw", choices=DRAWN, help="draw from the checkpoint in this very process, and print what it took as JSON")
     parser.add_argument("--cupy", action="store_true", help=CUPY)
+    parser.add_argument("--compiled", action="store_true", help=COMPILED)
     chosen = parser.parse_args()
     scale = "smoke" if chosen.smoke else chosen.scale
     length = SCALES[scale][3]
@@ -253,7 +256,7 @@ def main() -> None:
     budget: dict[str, float] = {"updates": 2 * EVERY} if chosen.smoke else {"seconds": 60 * chosen.minutes}
 
     def opened(system: str) -> tuple[Any, ...]:
-        task, config, held_out = text_task(system, scale, chosen.seed, text)
+        task, config, held_out = text_task(system, scale, chosen.seed, text, chosen.compiled)
         return task, config, held_out, training_open(name(system, ".safetensors"), task,
                                                      lambda: transformer_init(np.random.default_rng(chosen.seed), config), xp)
 

@@ -33,7 +33,7 @@ import numpy as np
 from refattn._blocks import cores
 from refattn.bench import installed_peers, medians, processor
 from refattn.decoding import decoding_step
-from refattn.experiment import figure_save, require_extras, results_save, run_apart
+from refattn.experiment import COMPILED, figure_save, require_extras, results_save, run_apart
 from refattn.transformer import Config, transformer_forward, transformer_init, transformer_prefill, transformer_step_init
 
 # pixels and layers; and the paper's images a second on a GPU (tables 1 and 2)
@@ -45,9 +45,9 @@ NUMBERS = 2**27                   # in the caches of a process: half a gigabyte;
 BATCHES = {"linear": (1, 16, 64, 128, 192, 256), "softmax": (1, 2, 4, 8, 16), "lsh-1": (1, 2), "lsh-4": (1, 2)}
 
 
-def model(pixels: int, layers: int, attention: str, heads: int = 8, size: int = 32) -> tuple[Any, Config]:
+def model(pixels: int, layers: int, attention: str, compiled: bool = False, heads: int = 8, size: int = 32) -> tuple[Any, Config]:
     config = Config(257, pixels, heads * size, heads, layers, 4 * heads * size, attention=attention, activation="relu",
-                    positions="sinusoidal", outputs=30)                          # so that a step may be timed for longer than an image
+                    positions="sinusoidal", outputs=30, compiled=compiled)       # positions: a step may be timed for longer than an image
     return transformer_init(np.random.default_rng(0), config), config
 
 
@@ -62,10 +62,10 @@ def seconds_of(f: Callable[[], Any], least: float, most: float = math.inf) -> fl
     return float(np.median(times))
 
 
-def point(system: str, pixels: int, layers: int, batch: int, least: float) -> dict[str, float]:
+def point(system: str, pixels: int, layers: int, batch: int, least: float, compiled: bool) -> dict[str, float]:
     """Seconds that an image takes in this process, which draws `batch` at once. Reading a prefix anew is what softmax does where nothing is kept,
     and what makes the cache that a step is timed with."""
-    params, config = model(pixels, layers, system)
+    params, config = model(pixels, layers, system, compiled and system == "linear")
     if system == "linear":
         step = decoding_step(params, config, transformer_step_init(config, batch))
         return {system: pixels * seconds_of(partial(step, np.zeros(batch, int)), least) / batch}
@@ -97,13 +97,13 @@ def flops_ratio(pixels: int, layers: int, width: int = 256, heads: int = 8) -> f
     return recomputed / (pixels * (dense + 4 * width * width // heads))
 
 
-def theirs(pixels: int, layers: int, batches: list[int], least: float) -> list[dict[str, Any]]:
+def theirs(pixels: int, layers: int, batches: list[int], least: float, compiled: bool) -> list[dict[str, Any]]:
     """A step of the authors' recurrent model, and of ours in turn with it."""
     torch = installed_peers()["torch"]
     from fast_transformers.builders import RecurrentEncoderBuilder
     encoder = RecurrentEncoderBuilder.from_kwargs(attention_type="linear", n_layers=layers, n_heads=8, query_dimensions=32, value_dimensions=32,
                                                   feed_forward_dimensions=1024, activation="relu").get().eval()
-    params, config = model(pixels, layers, "linear")
+    params, config = model(pixels, layers, "linear", compiled)
     rows = []
     for batch in batches:
         tokens, x = np.zeros(batch, int), torch.zeros(batch, config.width)
@@ -125,19 +125,20 @@ def sizes(dataset: str, smoke: bool) -> tuple[int, int, float]:
     return (12, 2, 0.0) if smoke else (*SIZES[dataset], 2.0)
 
 
-def measure(dataset: str, smoke: bool) -> dict[str, Any]:
+def measure(dataset: str, smoke: bool, compiled: bool) -> dict[str, Any]:
     pixels, layers, least = sizes(dataset, smoke)
     found: dict[str, dict[str, Any]] = {}
+    options = [option for option, chosen in (("--smoke", smoke), ("--compiled", compiled)) if chosen]
     for system, batches in BATCHES.items():
         for batch in batches[:2] if smoke else batches:
             if system == "softmax" and 2 * batch * pixels * layers * 2 * 256 > NUMBERS:
                 continue
-            for name, seconds in on_all_cores(dataset, system, str(batch), *(["--smoke"] if smoke else [])).items():
+            for name, seconds in on_all_cores(dataset, system, str(batch), *options).items():
                 print(f"   {dataset} {name}: {batch} at once on each core, {seconds:.3g} s an image", file=sys.stderr, flush=True)
                 if name not in found or seconds < found[name]["seconds"]:
                     found[name] = {"batch": batch, "seconds": seconds}
     return {"pixels": pixels, "layers": layers, "cores": cores(), "flops ratio": flops_ratio(pixels, layers), "systems": found,
-            "steps": theirs(pixels, layers, [1, 64], least) if "fast_transformers" in installed_peers() else []}
+            "steps": theirs(pixels, layers, [1, 64], least, compiled) if "fast_transformers" in installed_peers() else []}
 
 
 def table(dataset: str, of: dict[str, Any]) -> str:
@@ -173,18 +174,19 @@ def main() -> None:
                         help="where results and figure go (default: %(default)s)")
     parser.add_argument("--dataset", choices=tuple(SIZES), action="append", help="this one only; may be repeated (default: both)")
     parser.add_argument("--smoke", action="store_true", help="tiny models, to see that everything runs: takes seconds")
+    parser.add_argument("--compiled", action="store_true", help=COMPILED)
     parser.add_argument("--point", nargs=3, metavar=("DATASET", "SYSTEM", "BATCH"), help="measure this in this very process, and print it as JSON")
     chosen = parser.parse_args()
     if chosen.point:
         dataset, system, batch = chosen.point
         pixels, layers, least = sizes(dataset, chosen.smoke)
-        print(json.dumps(point(system, pixels, layers, int(batch), least)))
+        print(json.dumps(point(system, pixels, layers, int(batch), least, chosen.compiled)))
         return
     require_extras("matplotlib")
     os.environ |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1")     # of the processes that measure
     os.makedirs(chosen.out, exist_ok=True)
     print(f"{processor()}, {cores()} cores, NumPy {np.__version__}, float32, {time.strftime('%Y-%m-%d')}")
-    results = {dataset: measure(dataset, chosen.smoke) for dataset in chosen.dataset or SIZES}
+    results = {dataset: measure(dataset, chosen.smoke, chosen.compiled) for dataset in chosen.dataset or SIZES}
     for dataset, of in results.items():
         print(f"\n{table(dataset, of)}")
     results_save(os.path.join(chosen.out, "results.json"), results)

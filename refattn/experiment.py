@@ -33,6 +33,7 @@ Row = dict[str, float]
 CHECKPOINT_SECONDS = 60.0
 BUDGET = "training budget in minutes of processor time, of which two busy cores use up two a minute"
 CUPY = "train with CuPy arrays, on a GPU; the budget then counts the processor's waiting for it"
+COMPILED = "linear attention by loops that Numba compiles, not with --cupy"
 LOSS_MEMORY = 0.95                # the loss that is shown is a running mean of about the last 20
 
 
