@@ -1,14 +1,15 @@
 """The delta rule in float32: right to some roundings up to β|k|² = 2; beyond it state, gradients and errors grow with every write.
 
-With a path (.svg, .png or .pdf) as its argument it draws what it measures there; that needs matplotlib.
+The figure shows both against N. The documents have it too: with `--figure docs/derivations/delta_conditioning.svg` it is drawn there.
 """
-import sys
+import argparse
+import os
 
 import numpy as np
 
 import refattn
 from refattn import oracle
-from refattn._array import missing_extra
+from refattn.experiment import require_extras
 
 LENGTHS, HEADS, D, M = (16, 32, 64, 128, 256, 512, 1024), 4, 16, 8
 FACTORS = (0.5, 1.0, 1.9, 2.0, 2.1, 3.0)                                          # β|k|²: random keys of this squared length, β = 1
@@ -39,11 +40,9 @@ def measure(factor: float, N: int) -> tuple[float, float, float, float]:
 
 
 def draw(path: str) -> None:
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise missing_extra("matplotlib", "demo") from None
+    import matplotlib
+    from matplotlib.figure import Figure
+
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "refattn"})       # text stays text; the same file each time
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True)
@@ -59,6 +58,13 @@ def draw(path: str) -> None:
     figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
 
 
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--out", default=os.path.join("out", "examples"), metavar="FOLDER", help="where the figure goes (default: %(default)s)")
+parser.add_argument("--figure", metavar="PATH", help="draw it there instead, as .png, .svg or .pdf")
+chosen = parser.parse_args()
+require_extras("matplotlib")
+path = chosen.figure or os.path.join(chosen.out, "03_where_the_delta_rule_is_well_conditioned.png")
+
 figures = {(factor, N): measure(factor, N) for factor in FACTORS for N in LENGTHS}
 print(f"rule delta in float32, D = {D}, M = {M}, random keys: error / truth at the worst position, and the largest |out|\n")
 print(f"{'β|k|²':>6} {'N':>6} {'out':>9} {'dk':>9} {'|out|':>9}")
@@ -66,5 +72,6 @@ for factor in FACTORS:
     for N in (64, 256, 1024):
         out, dk, largest, _ = figures[factor, N]
         print(f"{factor:>6g} {N:>6} {out:>9.1e} {dk:>9.1e} {largest:>9.1e}")
-if __name__ == "__main__" and len(sys.argv) > 1:
-    draw(sys.argv[1])
+os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+draw(path)
+print(f"figure: {path}")

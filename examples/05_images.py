@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refattn.demo import digits_load
-from refattn.experiment import (COMPILED, CUPY, Params, Row, Task, arguments, curves_draw, epoch_part, figure_save, library, like, mosaics_save, moved,
-                                require_extras, run, results_load, results_save, task_for_budget, train, training_open)
+from refattn.experiment import (COMPILED, CUPY, Params, Row, Task, arguments, curves_draw, epoch_part, figure_save, library, like, mosaics_save,
+                                moved, require_extras, run, results_load, results_save, task_for_budget, train, training_open)
 from refattn.generate import generate
 from refattn.losses import bits, logistic_mixture_backward, logistic_mixture_forward, logistic_mixture_sample
 from refattn.optim import AdamSlots, adam_step, clip_by_global_norm, cosine_rate, radam_step, warm_up

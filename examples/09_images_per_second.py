@@ -62,7 +62,7 @@ def seconds_of(f: Callable[[], Any], least: float, most: float = math.inf) -> fl
     return float(np.median(times))
 
 
-def point(system: str, pixels: int, layers: int, batch: int, least: float, compiled: bool) -> dict[str, float]:
+def point(system: str, pixels: int, layers: int, batch: int, least: float, compiled: bool = False) -> dict[str, float]:
     """Seconds that an image takes in this process, which draws `batch` at once. Reading a prefix anew is what softmax does where nothing is kept,
     and what makes the cache that a step is timed with."""
     params, config = model(pixels, layers, system, compiled and system == "linear")
@@ -97,7 +97,7 @@ def flops_ratio(pixels: int, layers: int, width: int = 256, heads: int = 8) -> f
     return recomputed / (pixels * (dense + 4 * width * width // heads))
 
 
-def theirs(pixels: int, layers: int, batches: list[int], least: float, compiled: bool) -> list[dict[str, Any]]:
+def theirs(pixels: int, layers: int, batches: list[int], least: float, compiled: bool = False) -> list[dict[str, Any]]:
     """A step of the authors' recurrent model, and of ours in turn with it."""
     torch = installed_peers()["torch"]
     from fast_transformers.builders import RecurrentEncoderBuilder
@@ -125,7 +125,7 @@ def sizes(dataset: str, smoke: bool) -> tuple[int, int, float]:
     return (12, 2, 0.0) if smoke else (*SIZES[dataset], 2.0)
 
 
-def measure(dataset: str, smoke: bool, compiled: bool) -> dict[str, Any]:
+def measure(dataset: str, smoke: bool, compiled: bool = False) -> dict[str, Any]:
     pixels, layers, least = sizes(dataset, smoke)
     found: dict[str, dict[str, Any]] = {}
     options = [option for option, chosen in (("--smoke", smoke), ("--compiled", compiled)) if chosen]

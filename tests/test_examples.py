@@ -1,10 +1,12 @@
 """The examples run by themselves, and what they print is true."""
 from __future__ import annotations
 
-import importlib.util
 import json
+import re
 import runpy
 import shutil
+import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,58 @@ import numpy as np
 import pytest
 
 from refattn import experiment, oracle
+from refattn.losses import cross_entropy_forward
 from refattn.testing import budgets
+from refattn.testing.rules_budget import rules_budget
+from refattn.transformer import transformer_forward
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+SHORT, ORDERS = ("01", "02", "03", "11", "12", "13"), ("forward", "reverse", "shuffled")
 
 
-def test_01_chunked_equals_recurrent(capsys: pytest.CaptureFixture[str]) -> None:
-    names = runpy.run_path(str(EXAMPLES / "01_chunked_equals_recurrent.py"))
+def run_short(number: str, out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[dict[str, Any], Path]:
+    """The names that the example leaves behind, and its figure, which is a picture by then."""
+    pytest.importorskip("matplotlib")
+    file, = EXAMPLES.glob(f"{number}_*.py")
+    monkeypatch.setattr("sys.argv", [str(file), "--out", str(out / "figures"), *options])
+    names = runpy.run_path(str(file), run_name="__main__")
+    figure = out / "figures" / f"{file.stem}.png"
+    if not options:
+        from matplotlib.image import imread
+        assert figure.read_bytes().startswith(b"\x89PNG") and [path.name for path in figure.parent.iterdir()] == [figure.name]
+        assert len(np.unique(imread(figure)[..., :3].reshape(-1, 3), axis=0)) > 10                  # more than an empty frame
+    return names, figure
+
+
+@pytest.mark.parametrize("number", SHORT)
+def test_a_short_example_says_what_to_install_before_it_works(number: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
+    file, = EXAMPLES.glob(f"{number}_*.py")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("sys.argv", [str(file), "--out", str(tmp_path / "figures")])
+    with pytest.raises(ImportError, match=r"this needs matplotlib, .* pip install 'refattn\[demo\]'"):
+        runpy.run_path(str(file), run_name="__main__")
+    assert capsys.readouterr().out == "" and not (tmp_path / "figures").exists()
+
+
+def test_the_page_lists_every_example_in_the_order_of_its_number() -> None:
+    page = (EXAMPLES.parent / "docs" / "examples.md").read_text(encoding="utf-8")
+    files = sorted(path.name for path in EXAMPLES.glob("*.py"))
+    assert re.findall(r"^\| \[`(\w+\.py)`\]\(\.\./examples/\1\) \|", page, flags=re.MULTILINE) == files
+
+
+def test_the_readme_is_in_the_order_that_a_reader_needs_and_its_example_has_eight_lines() -> None:
+    text = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    sections = re.findall("^## (.*)", text, flags=re.MULTILINE)
+    wanted = ["Install", "Example", "Test your kernel", "From the paper to the code", "Conventions", "Speed", "Citation"]
+    assert [name for name in sections if name in wanted] == wanted
+    assert text.count(". ", 0, text.index("## Install")) == 0                                                # one sentence
+    first = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)[0].splitlines()
+    assert first[0].startswith("import ") and len(first) == 1 + 8
+
+
+def test_01_chunked_equals_recurrent(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, figure = run_short("01", tmp_path, monkeypatch)
     q, k, v, dout, along, out, steps = (names[name] for name in ("q", "k", "v", "dout", "along", "out", "steps"))
     # φ: 8 roundings for each of q and k; D products and N sums above and below the line; one division
     roundings = budgets.gamma(2 * (16 + 16 + 100) + 2, np.float64)
@@ -31,32 +78,60 @@ def test_01_chunked_equals_recurrent(capsys: pytest.CaptureFixture[str]) -> None
     for h in (1e-4, 2e-4):
         ahead, behind = (oracle.causal_linear_attention(q, k + side * along, v)[0] for side in (h, -h))
         slope[h] = float((dout * (ahead - behind)).sum()) / (2 * h)
-    gradient = float((names["pullback"](dout)[1] * along).sum())
+    by_hand = float((names["pullback"](dout)[1] * along).sum())
     allowed = roundings * float((np.abs(dout) * size).sum()) / 1e-4 + abs(slope[1e-4] - slope[2e-4])
-    assert abs(gradient - slope[1e-4]) <= allowed < 1e-5 * abs(gradient)
+    assert abs(by_hand - slope[1e-4]) <= allowed < 1e-5 * abs(by_hand)
+    # the figure's weights: the oracle with unit vectors for values, and nothing above the diagonal
+    weights = oracle.causal_linear_attention(q[0, 0], k[0, 0], np.eye(100))[0]
+    for form in (names["chunked"], names["recurrent"]):
+        budgets.assert_within(form, weights, roundings * weights)
+        assert (form[np.triu_indices(100, 1)] == 0).all() and (form[np.tril_indices(100)] > 0).all()
+    # its gradients: by the complex step of the oracle within the budget; its differences as above, of one element each
+    one = [x[:1, :1] for x in (q, k, v)]
+    start = np.zeros((1, 1, 16, 16))
+    budget = budgets.attention_budget(*one, start, start[..., 0], dout[:1, :1], start, start[..., 0], phi=oracle.eq7,
+                                      dphi=lambda x: np.where(x > 0, 1.0, np.exp(np.minimum(x, 0))))
+    wider = names["slopes"](h=2e-5)
+    cost = roundings * float((np.abs(dout) * size)[0, 0].sum()) / 1e-5
+    for i, name in enumerate(("dq", "dk", "dv")):
+        gradient, difference, at = names["elements"][name]
+        assert len(set(at)) > 40 and wider[name][2] == at
+        for index, ours, change, twice in zip(at, gradient, difference, wider[name][1], strict=True):
+            moved = [x[0, 0].astype(complex) for x in one]
+            moved[i][index] += 1e-30j
+            exact = (dout[0, 0] * oracle.causal_linear_attention(*moved)[0].imag).sum() / 1e-30
+            assert abs(ours - exact) <= 2 * getattr(budget, name)[0, 0][index]
+            assert abs(change - exact) <= 2 * cost + abs(change - twice)
     printed = capsys.readouterr().out
-    assert f"differ by at most {abs(out - steps).max():.1e}" in printed and f"gradient {gradient:.9f}" in printed
+    assert f"differ by at most {abs(out - steps).max():.1e}" in printed and f"gradient {by_hand:.9f}" in printed
+    assert f"rows sum to 1 within {abs(names['chunked'].sum(1) - 1).max():.1e}, nothing from the future: True" in printed
+    assert printed.endswith(f"figure: {figure}\n")
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator compiles kernels with g++, which is not installed")
-def test_02_a_race_in_a_kernel(capsys: pytest.CaptureFixture[str]) -> None:
-    names = runpy.run_path(str(EXAMPLES / "02_a_race_in_a_kernel.py"))
-    assert (names["y"] == names["right"]).all() and names["report"].findings == []
+def test_02_a_race_in_a_kernel(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, figure = run_short("02", tmp_path, monkeypatch)
+    x, right = names["x"], names["right"]
+    assert right.tolist() == [sum(x[i:min(i + 4, i // 64 * 64 + 64)]) for i in range(256)]
+    assert (names["y"] == right).all() and names["report"].findings == []
+    # first to last, a thread is right only where it has no neighbour; last to first, all neighbours have written
+    wrong = names["wrong"]
+    assert (wrong["without a barrier", "forward"] == (np.arange(256) % 64 != 63)).all() and not wrong["without a barrier", "reverse"].any()
+    assert 0 < wrong["without a barrier", "shuffled"].sum() < 252 and not any(wrong["WITH_BARRIER", order].any() for order in ORDERS)
     without, barrier = capsys.readouterr().out.split("WITH_BARRIER, forward")
     assert "without a barrier, forward: 252 of 256 elements are wrong" in without and "without a barrier, reverse: 0 of 256" in without
+    assert f"without a barrier, shuffled: {wrong['without a barrier', 'shuffled'].sum()} of 256" in without
     writes, reads = (f"02_a_race_in_a_kernel.cu:{number}" for number in (5, 10))
     assert f"\nrace: {writes}: " in without and f" read at {reads} with no barrier between" in without
-    assert barrier.count(": 0 of 256 elements are wrong") == 3 and barrier.endswith("no findings\n")
+    assert barrier.count(": 0 of 256 elements are wrong") == 3 and barrier.endswith(f"no findings\nfigure: {figure}\n")
 
 
 def test_03_where_the_delta_rule_is_well_conditioned(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, figure = str(EXAMPLES / "03_where_the_delta_rule_is_well_conditioned.py"), tmp_path / "figure.svg"
-    with_figure = importlib.util.find_spec("matplotlib") is not None
-    monkeypatch.setattr("sys.argv", [file, str(figure)] if with_figure else [file])
-    names = runpy.run_path(file, run_name="__main__")
+    names, path = run_short("03", tmp_path, monkeypatch)
     figures, inputs, out_and_dk = (names[name] for name in ("figures", "inputs", "out_and_dk"))
-    table = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
-    assert len(table) == 3 * len(names["FACTORS"])
+    *lines, last = capsys.readouterr().out.splitlines()
+    table = [line.split() for line in lines[3:]]
+    assert len(table) == 3 * len(names["FACTORS"]) and last == f"figure: {path}"
     for factor, N, *printed in table:
         assert printed == [f"{x:.1e}" for x in figures[float(factor), int(N)][:3]]
     for (factor, N), (*errors, largest, _) in figures.items():
@@ -81,9 +156,10 @@ def test_03_where_the_delta_rule_is_well_conditioned(capsys: pytest.CaptureFixtu
     for of in (0, 1):
         assert figures[3.0, 1024][of] > 10 * max(figures[factor, 1024][of] for factor in (0.5, 1.0, 1.9, 2.0))
     assert figures[3.0, 1024][2] > 1e30
-    if with_figure:
-        drawn = figure.read_text(encoding="utf-8")
-        assert len(drawn) < 60_000 and all(f"β|k|² = {factor:g}" in drawn for factor in names["FACTORS"])
+    # drawn elsewhere, as the documents have it: the same measurements as text and lines
+    run_short("03", tmp_path, monkeypatch, "--figure", str(tmp_path / "docs" / "figure.svg"))
+    drawn = (tmp_path / "docs" / "figure.svg").read_text(encoding="utf-8")
+    assert len(drawn) < 60_000 and all(f"β|k|² = {factor:g}" in drawn for factor in names["FACTORS"])
 
 
 def test_04_copy_task(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,3 +269,116 @@ def test_09_images_per_second(capsys: pytest.CaptureFixture[str], tmp_path: Path
     monkeypatch.setitem(of, "cores", lambda: 3)
     monkeypatch.setitem(of, "run_apart", lambda *arguments: {"linear": 1 / next(rates)})
     assert abs(names["on_all_cores"]("mnist", "linear", "2")["linear"] - 1 / 11) < 1e-12
+
+
+def test_11_the_gradient_in_constant_memory(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, figure = run_short("11", tmp_path, monkeypatch)
+    memory, lengths, D = (names[name] for name in ("memory", "LENGTHS", "D"))
+    printed = capsys.readouterr().out
+    rows = [line.replace(",", "").split() for line in printed.splitlines()[4: 4 + len(lengths)]]
+    assert list(memory) == ["all states kept", "linear", "gated", "delta", "gated_delta"] and printed.endswith(f"figure: {figure}\n")
+    for N, (first, *cells) in zip(lengths, rows, strict=True):
+        assert first == str(N) and cells == [f"{sizes[N] / 2**20:.2f}" if N in sizes else "–" for sizes in memory.values()]
+    # kept: S, R and what R sums up are there at once, and of the results none yet, which were taken off; objects of Python come on top
+    for N, size in memory["all states kept"].items():
+        assert 0 <= size - 8 * N * (3 * D * D - 4 * D) < 20_000
+    # ours: from full buffers to the longest the states grow by PARTS = 16 at most for each power of 16 that the length gains, and one begun
+    for rule in names["RULES"]:
+        grown = memory[rule][65536] - memory[rule][4096]
+        assert grown <= (0 if rule == "linear" else 2 * 16 * 8 * D * D) + 20_000 < memory["all states kept"][4096] / 100
+        assert all(memory[rule][N] < size for N, size in memory["all states kept"].items())
+    # both backwards are the paper's, eq. 13 to 15, to some roundings, and every rule's is the slope of the definition
+    q, k, v, g, beta, dout = names["inputs"](256)
+    zero = np.zeros((D, D))
+    truth = oracle.eq9(q, k, v, zero), oracle.eq13(k, v, dout, zero), oracle.eq14(q, v, dout, zero), oracle.eq15(q, k, dout, zero)
+    budget = budgets.recurrence_budget(q, k, v, zero, dout, zero)
+    for work in (names["gradients_of_kept_states"], lambda *arrays: names["gradients"]("linear", *arrays)):
+        for found, right, bound in zip(work(q, k, v, g, beta, dout), truth, (budget.out, budget.dq, budget.dk, budget.dv), strict=True):
+            budgets.assert_within(found, right, bound)
+    rng = np.random.default_rng(0)
+    for rule in names["RULES"]:
+        arrays = [x if x is None else x[:64] for x in (q, k, v, g if "gated" in rule else None, beta if "delta" in rule else None)]
+        out, *gradients = names["gradients"](rule, *(x[:64] for x in (q, k, v, g, beta, dout)))
+        bounds = rules_budget(*arrays, zero, dout[:64], zero)
+        budgets.assert_within(out, oracle.full_recurrence(*arrays)[0], bounds.out, rule)
+        along = [x if x is None else rng.standard_normal(x.shape) for x in arrays]
+        moved = [x if x is None else x + 1e-30j * step for x, step in zip(arrays, along, strict=True)]
+        slope = (dout[:64] * oracle.full_recurrence(*moved)[0].imag).sum() / 1e-30
+        steps = [step for step in along if step is not None]
+        allowed = [(bound * np.abs(step)).sum() for bound, step in zip([b for b in bounds[2:7] if b is not None], steps, strict=True)]
+        assert abs(slope - sum((x * step).sum() for x, step in zip(gradients, steps, strict=True))) <= 2 * sum(allowed), rule
+    ours, theirs = names["results"]
+    apart = max(abs(x - y).max() / abs(y).max() for x, y in zip(ours, theirs, strict=True))
+    assert f"N = 4,096: out, dq, dk and dv of both backwards differ by at most {apart:.0e} of the largest" in printed
+
+
+def test_12_what_each_rule_remembers(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, figure = run_short("12", tmp_path, monkeypatch)
+    printed = capsys.readouterr().out
+    measured, counts, rules, D, tries = (names[name] for name in ("measured", "COUNTS", "RULES", "D", "TRIES"))
+    tables = [[line.split() for line in part.splitlines()[2:2 + len(counts)]] for part in printed.split("\n\n")[1:3]]
+    assert printed.endswith(f"figure: {figure}\n")
+    for n in counts:
+        found = {rule: names["errors"](rule, n) for rule in rules}
+        for side, rows in enumerate(tables):
+            row = [str(n)]
+            formulas = {"linear": (1 + (2 * (n - 1) + 64) / 32, 1 + (2 * n + 63) / 32)[side], "gated": (1 + 2 * (n - 1) / 32, 2 * n / 32)[side]}
+            for rule in rules:
+                squares = (found[rule][side] ** 2).mean(-1)                                  # of each table
+                again = float(np.sqrt(squares.mean()))
+                assert abs(measured[rule, n][side] - again) <= budgets.gamma(squares.size * 128, np.float64) * again
+                row += [f"{measured[rule, n][side]:.3f}", *([f"({formulas[rule] ** 0.5:.3f})"] if rule in formulas else [])]
+                if rule in formulas:                                                         # tables are drawn independently of each other
+                    chance = 5 * squares.std(ddof=1) / np.sqrt(tries) + budgets.gamma(D + 3 * n + 2, np.float64) * formulas[rule]
+                    assert abs(squares.mean() - formulas[rule]) <= chance, (rule, n)
+            assert row in rows
+        # the order that the figure shows
+        of = {rule: measured[rule, n] for rule in rules}
+        assert of["delta"][0] < of["gated"][0] < of["linear"][0] and of["gated"][1] < of["linear"][1]
+        assert of["gated_delta"][1] < min(of[rule][1] for rule in ("linear", "gated", "delta")) and of["delta"][1] > 0.9
+        assert n == 1 or of["gated_delta"][0] < of["delta"][0]
+    # against the definition: the length of the difference of two errors is at most that of their bounds
+    for n in (1, 8):
+        q, k, v, g, beta, right = (x[:3] for x in names["pairs"](n))
+        for rule in rules:
+            of_rule = g if "gated" in rule else None, beta if "delta" in rule else None
+            out = oracle.full_recurrence(q, k, v, *of_rule)[0]
+            bound = rules_budget(q, k, v, *of_rule, np.zeros((3, D, 16)), np.zeros_like(v), np.zeros((3, D, 16))).out
+            read = slice(-right.shape[1], None)
+            wrong, allowed = np.linalg.norm(out[:, read] - right, axis=-1), np.linalg.norm(bound[:, read], axis=-1)
+            ours = np.concatenate([x[:3] for x in names["errors"](rule, n)], axis=1)
+            budgets.assert_within(ours, wrong, allowed + budgets.gamma(20, np.float64) * wrong, rule)
+
+
+def test_13_a_model_of_your_own(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, figure = run_short("13", tmp_path, monkeypatch)
+    printed = capsys.readouterr().out
+    params, config, seen, drawn, symbols = (names[name] for name in ("params", "config", "seen", "drawn", "SYMBOLS"))
+    # the text is sums, every one of the hundred as likely
+    lines = ["".join(symbols[i] for i in line) for line in names["text"](np.random.default_rng(0), 500)]
+    sums = Counter(re.fullmatch(r"(;\d\+\d=\d\d){4}", line) and tuple(line[1:].split(";")) for line in lines)
+    flat = Counter(one for line in sums.elements() for one in line)
+    assert len(flat) == 100 and all(int(one[0]) + int(one[2]) == int(one[4:]) for one in flat) and max(flat.values()) < 20 + 5 * np.sqrt(20)
+    # of the first sum everything can be counted: no model's loss is below ln 100 (Gibbs), and those that are right have exp(-excess) or more (Jensen)
+    every = np.array([[symbols.index(symbol) for symbol in f";{a}+{b}={a + b:02}"] for a in range(10) for b in range(10)])
+    logits = transformer_forward(params, every[:, :-1], config)[0].astype(float)
+    chosen = np.take_along_axis(logits, every[:, 1:, None], axis=-1)[..., 0]
+    nats = (np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1) - chosen).sum(-1)
+    excess, likely = nats.mean() - np.log(100), np.exp(-nats).sum()
+    assert 0 < excess and np.exp(-excess) <= likely <= 1
+    # what was drawn has these chances: the first sums are right as often, to five standard deviations
+    first = sum(line[:7] in {f";{a}+{b}={a + b:02}" for a in range(10) for b in range(10)} for line in drawn) / len(drawn)
+    assert len(drawn) == 2000 and abs(first - likely) <= 5 * np.sqrt(likely * (1 - likely) / 2000)
+    # recounted without the example's own words
+    share = sum(all(int(one[0]) + int(one[2]) == int(one[4:]) for one in line[1:].split(";")) for line in drawn
+                if re.fullmatch(r"(;\d\+\d=\d\d){4}", line)) / 2000
+    assert f"of 2,000 lines drawn {share:.1%} are right throughout" in printed and f"drawn: {' '.join(drawn[:3])}\n" in printed
+    # the loss: by the model's own cross entropy, in float32, of which every line is a sum of 27 numbers below 100 and the mean one of 13,500
+    tokens = names["text"](np.random.default_rng(2**32), 500)
+    loss = float(cross_entropy_forward(transformer_forward(params, tokens[:, :-1], config)[0], tokens[:, 1:])[0]) * 27
+    assert abs(loss - seen[600].sum()) <= budgets.gamma(13_500 + 20, np.float32) * loss
+    assert seen[100].sum() > seen[200].sum() > seen[600].sum() and abs(names["FLOOR"] - 8 * np.log(10)) < 1e-12
+    assert np.exp(names["FLOOR"] - seen[600].sum()) > 0.5 and share > 0.5                                    # it has learnt to add
+    for updates, nats_of in seen.items():
+        assert f"after {updates} updates {nats_of.sum():.3f} nats a line; in the mean no model has fewer than 4 ln 100 = 18.421" in printed
+    assert f"exp(-excess) is {np.exp(names['FLOOR'] - seen[600].sum()):.1%}\nfigure: {figure}\n" in printed
