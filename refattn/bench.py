@@ -398,18 +398,20 @@ def _check(name: str, ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], 
 
 
 def medians(contest: Contest, seconds: float) -> dict[str, float]:
-    """Median time of each, for about `seconds` each: they take turns of five runs, after runs that are not counted, since the threads
-    of the one before (OpenBLAS, OpenMP) go on spinning for some 100 ms."""
+    """Median time of each, for about `seconds` each: they take turns of five runs, or of a third of the time before them, in which runs are not
+    counted, since the threads of the one before (OpenBLAS, OpenMP) go on spinning for some 100 ms."""
     times: dict[str, list[float]] = {name: [] for name in contest}
     while any(len(t) < 3 or sum(t) < seconds and len(t) < 1000 for t in times.values()):
         for name, f in contest.items():
             start = time.perf_counter()
             while time.perf_counter() - start < SETTLE * (seconds > SETTLE):
                 f()
-            for _ in range(5):
+            turn: list[float] = []
+            while len(turn) < 5 or sum(turn) < min(SETTLE / 3, seconds):
                 start = time.perf_counter()
                 f()
-                times[name].append(time.perf_counter() - start)
+                turn.append(time.perf_counter() - start)
+            times[name] += turn
     return {name: float(np.median(t)) for name, t in times.items()}
 
 

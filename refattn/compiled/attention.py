@@ -12,6 +12,9 @@ from .vector import BYTES, alive, at_most, boundary, fma, lanes, load, mul, plus
 from numba import njit                                                                                                # noqa: E402, I001
 
 
+KEPT = 1 << 18      # numbers: a second-level cache in float32
+
+
 @njit(**options)
 def attention(q: Any, k: Any, v: Any, S: Any, z: Any, out: Any, inverse: Any, eps: Any, elu: Any) -> None:
     """Eq. (8) to (12): with φ(q), φ(k) for q, k where `elu` is not None, and k 0 behind its last position,
@@ -67,22 +70,23 @@ def attention_backward(q: Any, k: Any, v: Any, out: Any, inverse: Any, dout: Any
         dv_t = R_tᵀ φ(k_t),   dφ(k)_t = R_t v_t + r_t,   R_t = R_{t+1} + φ(q_t) G_tᵀ,   r_t = r_{t+1} + φ(q_t) dden_t          from the end
 
     S (D, M), z (1, D): the state to start from, whose end is left there; R, dz: its cotangent behind the end, changed in place to that of the
-    start. φ' = min(φ, 1)."""
+    start. φ' = min(φ, 1). What both ways read, φ(q), φ(k), G and dden, is made twice, tile by tile, or kept where it is at most KEPT numbers."""
     whole_registers()
     (D, M), W, kind, end = S.shape, BYTES // S.itemsize, S.dtype, max(q.shape[0], v.shape[0])
     pair, one = 2 * W, S.dtype.type(1)
     width, columns = up(D, pair), up(M, pair)
-    state, few = np.empty(D * columns + M * width + W, kind), np.ones(2 * TILE + width + W, kind)
-    tiles = np.empty(TILE * (3 * width + 3 * columns) + W, kind)
-    T, Q, dden = boundary(state), boundary(tiles), boundary(few)
-    ones, Z = plus(dden, TILE), plus(dden, 2 * TILE)
-    RT = plus(T, D * columns)
-    F, dF, G, V0, dV = (plus(Q, TILE * width), plus(Q, 2 * TILE * width), plus(Q, 3 * TILE * width), plus(Q, TILE * (3 * width + columns)),
-                       plus(Q, TILE * (3 * width + 2 * columns)))
+    kept = up(end, TILE) * (2 * width + columns) <= KEPT
+    height = up(end, TILE) if kept else TILE
+    state, few = np.empty(D * columns + M * width + W, kind), np.ones(TILE + width + height + W, kind)
+    tiles = np.empty(TILE * (width + 2 * columns) + height * (2 * width + columns) + W, kind)
+    T, dF, ones = boundary(state), boundary(tiles), boundary(few)
+    RT, Z, dden = plus(T, D * columns), plus(ones, TILE), plus(ones, TILE + width)
+    V0, dV, Q = plus(dF, TILE * width), plus(dF, TILE * (width + columns)), plus(dF, TILE * (width + 2 * columns))
+    F, G = plus(Q, height * width), plus(Q, 2 * height * width)
     to_slabs(S.T, T)
     padded(z, 0, 1, Z, 1, width)
     for start in range(0, end, TILE):
-        stop = min(start + TILE, end)
+        stop, step = min(start + TILE, end), TILE if kept else 0
         read_again(q, k, out, inverse, dout, start, stop, Q, F, G, V0, dden, width, columns, elu)
         V, sv = rows(v, start, stop, pair, V0, columns)
         for c in range(0, width, pair):
@@ -92,14 +96,17 @@ def attention_backward(q: Any, k: Any, v: Any, out: Any, inverse: Any, dout: Any
         for t in range(stop - start):
             through(plus(dF, t * width), plus(Q, t * width), Z, one, plus(F, t * width), dden[t], width, elu)
         written_back(dF, width, dq, start, stop)
+        Q, F, G, dden = plus(Q, step * width), plus(F, step * width), plus(G, step * columns), plus(dden, step)
     from_slabs(T, S.T)
     written_back(Z, width, z, 0, 1)
     to_slabs(R, T)
     to_slabs(R.T, RT)
     padded(dz, 0, 1, Z, 1, width)
     for start in range((end - 1) // TILE * TILE, -1, -TILE):
-        stop = min(start + TILE, end)
-        read_again(q, k, out, inverse, dout, start, stop, Q, F, G, V0, dden, width, columns, elu)
+        stop, step = min(start + TILE, end), TILE if kept else 0
+        Q, F, G, dden = plus(Q, -step * width), plus(F, -step * width), plus(G, -step * columns), plus(dden, -step)
+        if not kept:
+            read_again(q, k, out, inverse, dout, start, stop, Q, F, G, V0, dden, width, columns, elu)
         V, sv = rows(v, start, stop, pair, V0, columns)
         for c in range(0, columns, pair):
             for at in range(up(stop - start, 4) - 1, 0, -4):

@@ -51,6 +51,7 @@ def law_equal_bits(named: dict[str, Sequence[np.ndarray]]) -> None:
     for other in others:
         for i, (x, y) in enumerate(zip(named[first], named[other], strict=True)):
             assert x.shape == y.shape, f"{other}[{i}]: shape {y.shape}, in {first} {x.shape}"
+            assert x.dtype == y.dtype, f"{other}[{i}]: dtype {y.dtype}, in {first} {x.dtype}"
             wrong = np.argwhere(np.asarray(x) != np.asarray(y))
             assert not len(wrong), (f"{other}[{i}] differs from {first} in {len(wrong)} of {x.size} elements, first at "
                                     f"{wrong[0].tolist()}: {y[tuple(wrong[0])]} and {x[tuple(wrong[0])]}")
