@@ -13,6 +13,9 @@ import argparse
 import json
 import os
 import platform
+import subprocess
+import sys
+import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -66,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures: dict[str, Any] = {"chunks": _chunk_table(args)} if args.chunks else {"rules": _rule_table(args, peers)} if args.rule else {
         "products": _product_table(args, peers), "attention": _attention_table(args, peers)}
     if args.compiled and not args.rule:
-        figures["cores"] = _cores_table(args)
+        figures |= {"cores": _cores_table(args), "first calls": _first_calls_table()}
     if not (args.chunks or args.rule or args.compiled):
         figures |= {"growth": _growth_table(args), "memory": _memory_table(args), "decoding": _decoding_table(args, peers)}
     return _written(args.json, figures)
@@ -180,6 +183,34 @@ def _cores_table(args: argparse.Namespace) -> list[dict[str, Any]]:
             t = medians(contest, args.seconds)
             rows.append({"D": D, "N": N, **t})
             _row(N, *(_times(t[f"one {i}"], t[f"all {i}"]) for i in range(4)))
+    return rows
+
+
+FIRST_CALLS = """
+import json, time
+import numpy as np
+from refattn import causal_linear_attention, recurrence, vjp
+x, seconds = np.ones((2, 8, 4), np.float32), []
+for f in (recurrence, causal_linear_attention):
+    start = time.perf_counter()
+    (out, _), pullback = vjp(f, x, x, x, compiled=True)
+    between = time.perf_counter()
+    pullback(out)
+    seconds += [between - start, time.perf_counter() - between]
+print(json.dumps(seconds))
+"""
+
+
+def _first_calls_table() -> list[dict[str, Any]]:
+    """Seconds that the first call of each kind takes in a new process: where nothing is kept yet, and where it is on disk."""
+    _title("first call, seconds", "", "product", "its backward", "attention", "its backward")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("compiled", "from disk"):
+            done = subprocess.run([sys.executable, "-c", FIRST_CALLS], env={**os.environ, "NUMBA_CACHE_DIR": folder}, stdout=subprocess.PIPE,
+                                  check=True)
+            rows.append({"from": name, "seconds": json.loads(done.stdout)})
+            _row(name, *rows[-1]["seconds"])
     return rows
 
 
