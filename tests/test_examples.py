@@ -52,7 +52,7 @@ def test_a_short_example_says_what_to_install_before_it_works(number: str, monke
 def test_the_page_lists_every_example_in_the_order_of_its_number() -> None:
     page = (EXAMPLES.parent / "docs" / "examples.md").read_text(encoding="utf-8")
     files = sorted(path.name for path in EXAMPLES.glob("*.py"))
-    assert re.findall(r"^\| \[`(\w+\.py)`\]\(\.\./examples/\1\) \|", page, flags=re.MULTILINE) == files
+    assert re.findall(r"^- \[`(\w+\.py)`\]\(\.\./examples/\1\), ", page, flags=re.MULTILINE) == files
 
 
 def test_the_readme_is_in_the_order_that_a_reader_needs_and_its_example_has_eight_lines() -> None:
