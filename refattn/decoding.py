@@ -73,7 +73,7 @@ def decoding_step(params: Params, config: Config, state: TransformerState) -> Ca
     head = params["head.weight"]
     zeros = np.zeros((*_lead(state), *([config.features] if config.features else [])), head.dtype if config.features else int)
     short = config.norm == "pre" and isinstance(head, np.ndarray) and head.dtype.name in ("float32", "float64") and zeros.ndim == 1 + bool(
-        config.features)
+        config.features) and len(zeros) > 0
     if not short:
         now = state
 
