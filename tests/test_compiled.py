@@ -84,6 +84,32 @@ def test_any_strides_of_inputs_and_cotangents(rule: str, rng: np.random.Generato
         assert x is None or np.array_equal(x, y)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_heads_side_by_side_in_a_row_are_read_and_written_where_they_stand(dtype: str, rng: np.random.Generator) -> None:
+    """(B, N, H, D) seen as (B, H, N, D), as a model has it, part of one array: the bits of contiguous arrays, in every result, dtype and kind of
+    feature map; results stand in memory as their inputs do."""
+    both = (0.15 * rng.standard_normal((2, 50, 3, 4, 32))).astype(dtype)                # keys of length 1 or less: no rule with a delta grows
+    q, k, v = (both[:, :, i].swapaxes(1, 2) for i in range(3))
+    do = rng.standard_normal((2, 50, 4, 32)).astype(dtype).swapaxes(1, 2)
+    g, beta = -rng.random((2, 4, 50)).astype(dtype), rng.random((2, 4, 50)).astype(dtype)
+    calls: list[Any] = [(refattn.recurrence, (q, k, v, g if "g" in more else None, beta if "beta" in more else None), {"rule": rule})
+                        for rule, more in RULES.items()]
+    calls += [(refattn.causal_linear_attention, (q, k, v), {"feature_map": feature_map}) for feature_map in ("elu1", "relu", "dpfp")]
+    lengths = {"query_lengths": np.array([50, 7]), "key_lengths": np.array([3, 50]), "causal": True}
+    calls.append((refattn.linear_attention, (q, k, v), lengths))
+    for f, arrays, options in calls:
+        found = []
+        for copy in (False, True):
+            given = [None if x is None else np.ascontiguousarray(x) if copy else x for x in arrays]
+            outputs, pullback = refattn.vjp(f, *given, **options, compiled=True)
+            out, *end = outputs if isinstance(outputs, tuple) else (outputs,)
+            gradients = [d for d in pullback(np.ascontiguousarray(do) if copy else do) if d is not None]
+            found.append([out, *(x for state in end for x in (state if isinstance(state, tuple) else (state,))), *gradients])
+            assert copy or all(x.swapaxes(1, 2).flags.c_contiguous for x in (out, *gradients[:2]))
+            assert all(x.dtype == dtype for x in (out, *gradients))
+        law_equal_bits(dict(zip(("in a row", "copied"), found, strict=True)))
+
+
 @pytest.mark.parametrize("feature_map", ["elu1", "relu", "identity"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @settings(max_examples=25)

@@ -91,10 +91,10 @@ def _parts(lead: int, arrays: tuple[Any, ...]) -> list[list[Any]]:
         return [[None if x is None else x[index] for x in arrays] for index in np.ndindex(shape)]
 
 
-def _ordered_like(x: np.ndarray, shape: tuple[int, ...], fill: bool = False) -> np.ndarray:
+def _ordered_like(x: np.ndarray, shape: tuple[int, ...], dtype: Any, fill: bool = False) -> np.ndarray:
     """Room for results, axes in the order in which they stand in the memory of x: of heads side by side in a row, results are too."""
     order = sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))
-    room = (np.zeros if fill else np.empty)([shape[axis] for axis in order], x.dtype)
+    room = (np.zeros if fill else np.empty)([shape[axis] for axis in order], dtype)
     return room.transpose(np.argsort(order))
 
 
@@ -116,7 +116,7 @@ def _put(x: Any, at: slice, found: Any) -> None:
 def forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, g: np.ndarray | None, beta: np.ndarray | None,
             state: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, Residuals]:
     """out, state and residuals (the inputs) of `recurrence` with scale 1."""
-    acc, out = accumulator(v.dtype), _ordered_like(q, (*q.shape[:-1], v.shape[-1]))
+    acc, out = accumulator(v.dtype), _ordered_like(q, (*q.shape[:-1], v.shape[-1]), v.dtype)
     start, end = _start(k, v, state, acc), np.empty((*k.shape[:-2], k.shape[-1], v.shape[-1]), acc)
 
     def work(keys: slice, queries: slice, Q: Any, K: Any, V: Any, G: Any, b: Any, S: Any, E: Any, O: Any) -> None:
@@ -132,7 +132,7 @@ def backward(dout: np.ndarray, dstate: np.ndarray | None, residuals: Residuals) 
     """dq, dk, dv, dg, dbeta, dstate0, each of its array's shape and dtype; see `heads`."""
     q, k, v, g, beta, state = residuals
     acc = accumulator(v.dtype)
-    dq, dk, dv, dg, dbeta = (None if x is None else _ordered_like(x, x.shape) for x in (q, k, v, g, beta))
+    dq, dk, dv, dg, dbeta = (None if x is None else _ordered_like(x, x.shape, x.dtype) for x in (q, k, v, g, beta))
     start, dstart = _start(k, v, state, acc), np.array(_start(k, v, dstate, acc))
 
     def work(keys: slice, queries: slice, Q: Any, K: Any, V: Any, G: Any, b: Any, dO: Any, S: Any, R: Any, dQ: Any, dK: Any, dV: Any, dG: Any,
@@ -255,7 +255,8 @@ def attention_forward(q: np.ndarray, k: np.ndarray, v: np.ndarray, start: np.nda
     """out, [S | z] behind the last position, and 1 / (den + ε), (..., G·H, N), of causal linear attention; φ = elu + 1 or what q and k have behind
     them already. `nq`, `nk`: lengths (..., G·H) and (..., H)."""
     acc = accumulator(v.dtype)
-    out, end, inverse = _ordered_like(q, (*q.shape[:-1], v.shape[-1]), nq is not None), np.empty(start.shape, acc), np.empty(q.shape[:-1], acc)
+    out = _ordered_like(q, (*q.shape[:-1], v.shape[-1]), v.dtype, nq is not None)
+    end, inverse = np.empty(start.shape, acc), np.empty(q.shape[:-1], acc)
 
     def work(keys: slice, queries: slice, Q: Any, K: Any, V: Any, O: Any, S: Any, E: Any, den: Any, lengths_q: Any, lengths_k: Any) -> None:
         here = _room(O, queries, acc)
@@ -271,7 +272,7 @@ def attention_backward(dout: np.ndarray, dend: np.ndarray | None, q: np.ndarray,
                        out: np.ndarray, inverse: np.ndarray, elu: bool, nq: np.ndarray | None, nk: np.ndarray | None) -> tuple[Any, ...]:
     """dq, dk, dv, d[S_0 | z_0], see `refattn.compiled.attention`."""
     acc = accumulator(v.dtype)
-    dq, dk, dv = (_ordered_like(x, x.shape, n is not None) for x, n in ((q, nq), (k, nk), (v, nk)))
+    dq, dk, dv = (_ordered_like(x, x.shape, x.dtype, n is not None) for x, n in ((q, nq), (k, nk), (v, nk)))
     dstart = np.zeros(start.shape, acc) if dend is None else np.array(dend, acc)
 
     def work(keys: slice, queries: slice, Q: Any, K: Any, V: Any, O: Any, S: Any, R: Any, den: Any, dO: Any, dQ: Any, dK: Any, dV: Any,
