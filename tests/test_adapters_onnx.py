@@ -179,7 +179,8 @@ configs = st.builds(Config, vocabulary=st.just(7), length=st.just(12), width=st.
                     layers=st.integers(1, 2), feed_forward=st.sampled_from([3, 5]), attention=st.just("linear"), causal=st.just(True),
                     feature_map=st.sampled_from(list(adapter.PHI)), norm=st.sampled_from(["pre", "post"]),
                     positions=st.sampled_from(["learned", "sinusoidal"]),
-                    activation=st.sampled_from(["gelu", "relu"]), features=st.sampled_from([0, 0, 3]), outputs=st.sampled_from([0, 5]))
+                    activation=st.sampled_from(["gelu", "relu"]), features=st.sampled_from([0, 0, 3]), outputs=st.sampled_from([0, 5]),
+                    compiled=st.just(False))
 
 
 def draw_params(rng, config, dtype):

@@ -18,7 +18,7 @@ configs = st.builds(Config, vocabulary=st.just(7), length=st.just(12), width=st.
                     feed_forward=st.just(5), attention=st.sampled_from(["linear", "softmax"]),
                     positions=st.sampled_from(["learned", "sinusoidal"]), feature_map=st.just("elu1"),
                     norm=st.sampled_from(["pre", "post"]), causal=st.just(True), activation=st.sampled_from(["gelu", "relu"]),
-                    features=st.just(0), outputs=st.just(0))
+                    features=st.just(0), outputs=st.just(0), compiled=st.just(False))
 
 
 @given(seeds, configs, st.integers(1, 5), st.integers(0, 6), st.sampled_from([0.0, 0.5, 1.0]))
