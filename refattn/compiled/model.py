@@ -1,8 +1,8 @@
 """A decoding step of a whole model, some sequences at a time: what `refattn.decoding` does, without an array on the way that leaves the cache.
 
 Weights come as one array in the order of their use: of each matrix, (K, F), slabs of two vectors of columns, (K, 32) in float32, one behind the
-other, then its bias. A product is then what four or eight rows read in a slab, as they read in a state (`sweep.read`), and each weight is read once
-for GROUP sequences.
+other, then its bias. A product is then what four rows read in a slab, as they read in a state (`sweep.read`), and each weight is read once for GROUP
+sequences.
 """
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 
 from ..layers import _GELU_A, _GELU_C
 from .sweep import read
-from .tiles import options, padded, up, written_back
-from .vector import BYTES, add, alive, at_least, boundary, div, elu1, exp, fma, lanes, load, mul, plus, row, store, whole_registers, zeros
+from .tiles import options, padded, phi, up, written_back
+from .vector import BYTES, add, alive, at_least, boundary, div, exp, fma, lanes, load, mul, plus, row, store, whole_registers, zeros
 
 from numba import njit                                                                                                # noqa: E402, I001
 
@@ -63,7 +63,7 @@ def decoded(x: Any, S: Any, z: Any, weights: Any, out: Any, inner: int, eps_norm
             normalised(X, wide, n, E, count, eps_norm, Y)
             w = product(Y, wide, n, E, w, three, P, three, none)
             for r in range(n):
-                mapped_row(plus(P, r * three), 2 * E)
+                phi(plus(P, r * three), 2 * E)
                 for h in range(heads):
                     attend(plus(P, r * three + h * D), E, row(S[layer, first + r, h], 0), columns, row(z[layer, first + r], h), D,
                            plus(Y, r * wide + h * D), eps)
@@ -85,42 +85,12 @@ def product(x: Any, step: int, n: int, K: int, w: Any, columns: int, out: Any, r
     W = lanes(x)
     bias = plus(w, K * columns)
     for c in range(0, columns, 2 * W):
-        r = 0
-        while r < n - 4:
-            (o0, o1, o2, o3, p0, p1, p2, p3), (o4, o5, o6, o7, p4, p5, p6, p7) = read_eight(plus(x, r * step), step, w, K)
-            put(out, r * room + c, room, bias, c, o0, o1, o2, o3, more)
-            put(out, r * room + c + W, room, bias, c + W, p0, p1, p2, p3, more)
-            put(out, (r + 4) * room + c, room, bias, c, o4, o5, o6, o7, more)
-            put(out, (r + 4) * room + c + W, room, bias, c + W, p4, p5, p6, p7, more)
-            r += 8
-        while r < n:
+        for r in range(0, n, 4):
             o0, o1, o2, o3, p0, p1, p2, p3 = read(plus(x, r * step), step, w, K)
             put(out, r * room + c, room, bias, c, o0, o1, o2, o3, more)
             put(out, r * room + c + W, room, bias, c + W, p0, p1, p2, p3, more)
-            r += 4
         w = plus(w, K * 2 * W)
     return plus(bias, columns)
-
-
-@njit(forceinline=True, **options)
-def read_eight(R: Any, sr: int, S: Any, D: int) -> Any:
-    """`sweep.read` of eight rows: sixteen sums at a time, of which a processor adds to eight in the time that one addition takes."""
-    whole_registers()
-    W = lanes(S)
-    r1, r2, r3, r4, r5, r6, r7 = (plus(R, sr), plus(R, 2 * sr), plus(R, 3 * sr), plus(R, 4 * sr), plus(R, 5 * sr), plus(R, 6 * sr),
-                                  plus(R, 7 * sr))
-    o0 = o1 = o2 = o3 = o4 = o5 = o6 = o7 = p0 = p1 = p2 = p3 = p4 = p5 = p6 = p7 = zeros(S)
-    for d in range(D):
-        x, y = load(S, 2 * W * d), load(S, 2 * W * d + W)
-        o0, p0 = fma(R[d], x, o0), fma(R[d], y, p0)
-        o1, p1 = fma(r1[d], x, o1), fma(r1[d], y, p1)
-        o2, p2 = fma(r2[d], x, o2), fma(r2[d], y, p2)
-        o3, p3 = fma(r3[d], x, o3), fma(r3[d], y, p3)
-        o4, p4 = fma(r4[d], x, o4), fma(r4[d], y, p4)
-        o5, p5 = fma(r5[d], x, o5), fma(r5[d], y, p5)
-        o6, p6 = fma(r6[d], x, o6), fma(r6[d], y, p6)
-        o7, p7 = fma(r7[d], x, o7), fma(r7[d], y, p7)
-    return (o0, o1, o2, o3, p0, p1, p2, p3), (o4, o5, o6, o7, p4, p5, p6, p7)
 
 
 @njit(forceinline=True, **options)
@@ -153,18 +123,6 @@ def normalised(x: Any, step: int, n: int, E: int, count: Any, eps: Any, to: Any)
         root = np.sqrt(square)
         for d in range(E):
             there[d] /= root
-
-
-@njit(**options)
-def mapped_row(x: Any, n: int) -> None:
-    """φ(x) = elu(x) + 1 in the place of n numbers."""
-    whole_registers()
-    W = lanes(x)
-    for i in range(0, n // W * W, W):
-        y = load(x, i)
-        store(x, i, elu1(y, exp(y)))
-    for i in range(n // W * W, n):
-        x[i] = x[i] + 1 if x[i] > 0 else np.exp(x[i])
 
 
 @njit(**options)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .tiles import options, padded, up, written_back
+from .tiles import options, padded, phi, up, written_back
 from .vector import BYTES, alive, boundary, fma, load, mul, plus, store, whole_registers, zeros
 
 from numba import njit                                                                                                # noqa: E402, I001
@@ -40,11 +40,11 @@ def step_heads(q: Any, k: Any, v: Any, g: Any, beta: Any, S: Any, after: Any, ou
                     x = fma(-k[h, d], load(P, d * width + c), x)
                 store(u, c, mul(beta[h], x))
         for c in range(0, width, W):
-            write(P, width, k[h], load(u, c), c)
+            write(P, width, k[h], D, load(u, c), c)
         written_back(P, width, after[h], 0, D)
         for query in range(h * groups, (h + 1) * groups):
             for c in range(0, width, W):
-                store(o, c, mul(scale, read(P, width, q[query], c)))
+                store(o, c, mul(scale, read(P, width, q[query], D, c)))
             written_back(o, width, out[query:query + 1], 0, 1)
     alive(tile)
 
@@ -55,53 +55,47 @@ def attention_step_heads(q: Any, k: Any, v: Any, S: Any, z: Any, after: Any, z_a
     whole_registers()
     (H, D), M, W, groups = k.shape, v.shape[1], BYTES // q.itemsize, q.shape[0] // k.shape[0]
     width = up(M, W)
-    tile, row = np.empty(D * width + 2 * width + W, q.dtype), np.empty(D, q.dtype)
+    tile = np.empty(D * width + 2 * width + up(D, W) + W, q.dtype)
     P = boundary(tile)
-    u, o = plus(P, D * width), plus(P, D * width + width)
+    u, o, row = plus(P, D * width), plus(P, D * width + width), plus(P, D * width + 2 * width)
     for h in range(H):
         padded(S[h], 0, D, P, D, width)
         padded(v[h:h + 1], 0, 1, u, 1, width)
-        mapped_row(k[h], row, elu)
+        padded(k[h:h + 1], 0, 1, row, 1, D)
+        if elu is not None:
+            phi(row, D)
         for d in range(D):
             z_after[h, d] = z[h, d] + row[d]
         for c in range(0, width, W):
-            write(P, width, row, load(u, c), c)
+            write(P, width, row, D, load(u, c), c)
         written_back(P, width, after[h], 0, D)
         for query in range(h * groups, (h + 1) * groups):
-            mapped_row(q[query], row, elu)
+            padded(q[query:query + 1], 0, 1, row, 1, D)
+            if elu is not None:
+                phi(row, D)
             den = eps
             for d in range(D):
                 den += row[d] * z_after[h, d]
             inverse[query] = 1 / den if den != 0 else 0
             for c in range(0, width, W):
-                store(o, c, mul(inverse[query], read(P, width, row, c)))
+                store(o, c, mul(inverse[query], read(P, width, row, D, c)))
             written_back(o, width, out[query:query + 1], 0, 1)
     alive(tile)
 
 
 @njit(forceinline=True, **options)
-def write(P: Any, width: int, k: Any, u: Any, c: int) -> None:
+def write(P: Any, width: int, k: Any, D: int, u: Any, c: int) -> None:
     """P + k uᵀ in the place of P, of a vector of columns."""
     whole_registers()
-    for d in range(k.shape[0]):
+    for d in range(D):
         store(P, d * width + c, fma(k[d], u, load(P, d * width + c)))
 
 
 @njit(forceinline=True, **options)
-def read(P: Any, width: int, q: Any, c: int) -> Any:
+def read(P: Any, width: int, q: Any, D: int, c: int) -> Any:
     """Pᵀ q, of a vector of columns."""
     whole_registers()
     o = zeros(P)
-    for d in range(q.shape[0]):
+    for d in range(D):
         o = fma(q[d], load(P, d * width + c), o)
     return o
-
-
-@njit(**options)
-def mapped_row(x: Any, to: Any, elu: Any) -> None:
-    """φ(x) = elu(x) + 1, or x where `elu` is None."""
-    for d in range(x.shape[0]):
-        if elu is None:
-            to[d] = x[d]
-        else:
-            to[d] = x[d] + 1 if x[d] > 0 else np.exp(x[d])

@@ -312,6 +312,18 @@ def mapped(x: Any, start: int, stop: int, to: Any, width: int, elu: Any) -> None
 
 
 @njit(**options)
+def phi(x: Any, n: int) -> None:
+    """φ(x) = elu(x) + 1 in the place of n numbers."""
+    whole_registers()
+    W = lanes(x)
+    for i in range(0, n // W * W, W):
+        y = load(x, i)
+        store(x, i, elu1(y, exp(y)))
+    for i in range(n // W * W, n):
+        x[i] = x[i] + 1 if x[i] > 0 else np.exp(x[i])
+
+
+@njit(**options)
 def dot(x: Any, y: Any, width: int) -> Any:
     whole_registers()
     s = zeros(x)

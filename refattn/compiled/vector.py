@@ -170,16 +170,6 @@ def div(typing: Any, x: Any, y: Any) -> Any:
 
 
 @intrinsic
-def at_least(typing: Any, least: Any, x: Any) -> Any:
-    """max(least, x), least a number; NaN of NaN."""
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bound = _spread(builder, args[0], args[1].type)
-        return builder.select(builder.fcmp_ordered("<", args[1], bound), bound, args[1])
-
-    return x(x.scalar, x), code
-
-
-@intrinsic
 def exp(typing: Any, x: Any) -> Any:
     """eˣ = 2ⁿ eʳ with |r| ≤ ½ ln 2: n the integer next to x / ln 2, eʳ by as many terms of its series as there are digits. ∞ and 0 where it
     overflows and underflows, subnormal between; NaN of NaN. Within 2 units in the last place."""
@@ -226,14 +216,19 @@ def elu1(typing: Any, x: Any, e: Any) -> Any:
     return x(x, e), code
 
 
-@intrinsic
-def at_most(typing: Any, most: Any, x: Any) -> Any:
-    """min(most, x), most a number; NaN of NaN."""
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bound = _spread(builder, args[0], args[1].type)
-        return builder.select(builder.fcmp_ordered(">", args[1], bound), bound, args[1])
+def _bounded(relation: str) -> Callable[..., Any]:
+    """Where x stands in this relation to a number, the number; NaN of NaN."""
+    def bounded(typing: Any, a: Any, x: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            bound = _spread(builder, args[0], args[1].type)
+            return builder.select(builder.fcmp_ordered(relation, args[1], bound), bound, args[1])
 
-    return x(x.scalar, x), code
+        return x(x.scalar, x), code
+
+    return bounded
+
+
+at_most, at_least = intrinsic(_bounded(">")), intrinsic(_bounded("<"))              # min(a, x), max(a, x)
 
 
 @intrinsic
