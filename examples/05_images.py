@@ -1,6 +1,7 @@
 """The paper's image generation (tables 1 and 2): a model reads an image value by value, says how probable each next one is, and draws images.
 
-Values run from the top left to the bottom right, the three colours of a pixel one after another; ten logistics foretell each. --data has MNIST
+Values run from the top left to the bottom right, the three colours of a pixel one after another; ten logistics foretell each. Positions are
+learned, and start as waves along rows, columns and colours, so that the value above is near to find from the first update on. --data has MNIST
 (784 values) or CIFAR-10 (3,072); without it the model learns scikit-learn's digits, 64 values of 17 levels. The paper trains with RAdam and
 1e-4, for days; the small models with Adam, a short warm-up, and a rate that falls to 0 along half a cosine. Gradients are clipped to norm 1.
 Each system trains for the same time. The fall must know its end, whatever interrupts it: so a few updates are timed first, and the number of
@@ -29,7 +30,7 @@ from refattn.transformer import Config, transformer_backward, transformer_forwar
 SYSTEMS, LOGISTICS, WARM_UP, TEMPERATURE = ("linear", "softmax", "lsh-1", "lsh-4"), 10, 50, 0.9
 FILES, SHAPES = {"mnist": "mnist.npz", "cifar10": "cifar10_5k.npz"}, {"mnist": (28, 28), "cifar10": (32, 32, 3)}
 # width, heads, layers, images an update, learning rate; test images that take about a minute (linear, small); rows of pictures
-SCALES = {("digits", "small"): (64, 4, 3, 50, 4e-3), ("mnist", "small"): (128, 4, 4, 4, 3e-3), ("cifar10", "small"): (128, 4, 4, 2, 2e-3),
+SCALES = {("digits", "small"): (64, 4, 3, 50, 4e-3), ("mnist", "small"): (128, 8, 4, 4, 3e-3), ("cifar10", "small"): (128, 4, 4, 2, 2e-3),
           ("mnist", "paper"): (256, 8, 8, 10, 1e-4), ("cifar10", "paper"): (256, 8, 16, 4, 1e-4)}
 SMOKE = (16, 2, 2, 2, 4e-3)
 TESTED, ROWS = {"digits": 297, "mnist": 2000, "cifar10": 500}, {"digits": 4, "mnist": 4, "cifar10": 2}
@@ -64,6 +65,22 @@ def images_load(dataset: str, path: str | None) -> Images:
             raise ValueError(f"{path}: expected x_{part} = (images, {', '.join(map(str, SHAPES[dataset]))}) of uint8, got {images.shape} of "
                              f"{images.dtype}; is it {dataset}?")
     return Images(train.reshape(len(train), -1), test.reshape(len(test), -1), label, words, SHAPES[dataset], 256)
+
+
+def waves(shape: tuple[int, ...], width: int) -> np.ndarray:
+    """(N, width): for each axis, sines and cosines from one turn in two steps to a quarter of a turn in all. Each vector has the length 1."""
+    count = width // (2 * len(shape))
+    parts = []
+    for axis, n in enumerate(shape):
+        angles = np.arange(n)[:, None] * np.geomspace(np.pi, np.pi / (2 * n), count)
+        along = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+        parts.append(np.broadcast_to(along.reshape(n, *[1] * (len(shape) - 1 - axis), -1), (*shape, 2 * count)))
+    found = np.concatenate(parts, axis=-1).reshape(-1, 2 * count * len(shape)) / np.sqrt(count * len(shape))
+    return np.pad(found, [(0, 0), (0, width - found.shape[1])]).astype(np.float32)
+
+
+def weights_init(seed: int, config: Config, shape: tuple[int, ...]) -> Params:
+    return {**transformer_init(np.random.default_rng(seed), config), "positions.weight": waves(shape, config.width)}
 
 
 def shift(values: np.ndarray, config: Config) -> np.ndarray:
@@ -169,7 +186,7 @@ def main() -> None:
     for system in chosen.system or SYSTEMS:
         config = Config(images.levels + 1, N, width, heads, layers, 4 * width, attention=system, outputs=3 * LOGISTICS,
                         compiled=chosen.compiled and system == "linear")
-        path, init = name(system, ".safetensors"), lambda config=config: transformer_init(np.random.default_rng(chosen.seed), config)
+        path, init = name(system, ".safetensors"), lambda config=config: weights_init(chosen.seed, config, images.shape)
         some = lambda updates, config=config: image_task(images.train, config, {**plan, "updates": updates})
         task = some(4) if chosen.smoke else task_for_budget(path, some, init, 60 * chosen.minutes, range(3), xp)
         state, updates = training_open(path, task, init, xp), task.plan["updates"]
