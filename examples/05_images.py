@@ -68,11 +68,11 @@ def images_load(dataset: str, path: str | None) -> Images:
 
 
 def waves(shape: tuple[int, ...], width: int) -> np.ndarray:
-    """(N, width): for each axis, sines and cosines from one turn in two steps to a quarter of a turn in all. Each vector has the length 1."""
+    """(N, width): for each axis, sines and cosines from a quarter of a turn in all to one turn in two steps. Each vector has the length 1."""
     count = width // (2 * len(shape))
     parts = []
     for axis, n in enumerate(shape):
-        angles = np.arange(n)[:, None] * np.geomspace(np.pi, np.pi / (2 * n), count)
+        angles = np.arange(n)[:, None] * np.geomspace(np.pi / (2 * n), np.pi, count)[::-1]
         along = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
         parts.append(np.broadcast_to(along.reshape(n, *[1] * (len(shape) - 1 - axis), -1), (*shape, 2 * count)))
     found = np.concatenate(parts, axis=-1).reshape(-1, 2 * count * len(shape)) / np.sqrt(count * len(shape))

@@ -149,6 +149,20 @@ def test_real_images_are_those_of_their_makers() -> None:
     assert [cifar.words[kind] for kind in cifar.label[:3]] == ["cat", "ship", "ship"]
 
 
+@pytest.mark.parametrize("width", [6, 17, 64])
+@pytest.mark.parametrize("shape", [(8, 8), (5, 3), (6, 7, 3)])
+def test_positions_start_as_waves_that_know_distances_alone(shape: tuple[int, ...], width: int) -> None:
+    """cos a cos b + sin a sin b = cos(a - b): what two positions have in common depends on how far apart they are along each axis, no two are
+    alike, and each has the length 1."""
+    w, eps = IMAGES["waves"](shape, width).reshape(*shape, width).astype(np.float64), float(np.finfo(np.float32).eps)
+    gram = lambda x: x.reshape(-1, width) @ x.reshape(-1, width).T               # of two rounded vectors of length 1: off by 2 eps at most
+    for axis, n in enumerate(shape):
+        before, behind = (w.take(range(start, n - 1 + start), axis) for start in (0, 1))
+        np.testing.assert_allclose(gram(before), gram(behind), rtol=0, atol=4 * eps)
+    np.testing.assert_allclose(np.diag(gram(w)), 1, rtol=0, atol=2 * eps)
+    assert (gram(w) - np.eye(math.prod(shape))).max() < 1 - 4 * eps
+
+
 @given(seeds, st.sampled_from(SYSTEMS))
 def test_an_update_is_a_function_of_its_number(seed: int, system: str) -> None:
     task, config = task_of(system, images_of(np.random.default_rng(seed), 21), seed=seed), config_of(system)
