@@ -47,6 +47,30 @@ def test_a_model_has_the_loops_that_its_column_says() -> None:
     assert transformer_bench._forms() == {"NumPy": False, "compiled": True}
 
 
+def test_a_row_says_what_its_times_say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """By hand, from times that are known: two heads of N = 64 and 128 at D = 8 are 4·2·N·8² flops; at the rate of a 64 × 64
+    product in 1 ms, 2·64³ flops, that is 1/16 and 1/8 of a millisecond."""
+    seconds = {"gemm": 1e-3, "forward": 2.5e-4, "both": 5e-4, "step": 2e-6, "copy": 5e-7}
+    growing = lambda name: float(name.split()[1]) ** 2 if name.split()[0] in ("bare", "attention", "both") and " " in name else seconds[name]
+    monkeypatch.setattr(bench, "medians", lambda contest, _: {name: growing(name) for name in contest})
+    monkeypatch.setattr(bench, "installed_peers", lambda: {})
+    assert bench.main(["--smoke"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = [line for line in lines if line and line[0] in ("1", "64")]
+    assert rows == [["64", "0.5", "0.2", "25%", "–", "–", "0.5", "–", "–"], ["64", "0.2", "–", "–", "0.5", "–", "–", "–", "–"],
+                    ["64", "4.00", "4.00", "4.00"], ["1", "2.0", "–", "–", "0.5", "4.00×"], ["64", "2.0", "–", "–", "0.5", "4.00×"]]
+    assert ["128", "0.5", "0.2", "50%"] in [line[:4] for line in lines]
+    assert (bench._ms(0.0015), bench._times(3.0, 2.0)) == ("1.5", "1.50×")
+
+
+def test_memory_is_what_is_allocated_beyond_the_result() -> None:
+    def f() -> np.ndarray:
+        both = np.empty(2**20, np.uint8), np.empty(2**19, np.uint8)
+        return both[1]
+
+    assert 2**20 <= bench._peak(f) < 2**20 + 2**12
+
+
 def test_a_peer_that_computes_something_else_is_not_timed() -> None:
     x = np.linspace(1, 2, 10, dtype=np.float32)
     bench._check("peer", [x], [x * (1 + 1e-7)], 10)
