@@ -30,7 +30,7 @@ from refattn.transformer import Config, transformer_backward, transformer_forwar
 SYSTEMS, LOGISTICS, WARM_UP, TEMPERATURE = ("linear", "softmax", "lsh-1", "lsh-4"), 10, 50, 0.9
 FILES, SHAPES = {"mnist": "mnist.npz", "cifar10": "cifar10_5k.npz"}, {"mnist": (28, 28), "cifar10": (32, 32, 3)}
 # width, heads, layers, images an update, learning rate; test images that take about a minute (linear, small); rows of pictures
-SCALES = {("digits", "small"): (64, 4, 3, 50, 4e-3), ("mnist", "small"): (128, 8, 4, 4, 3e-3), ("cifar10", "small"): (128, 4, 4, 2, 2e-3),
+SCALES = {("digits", "small"): (64, 4, 3, 50, 4e-3), ("mnist", "small"): (128, 8, 4, 4, 1.5e-3), ("cifar10", "small"): (128, 4, 4, 2, 2e-3),
           ("mnist", "paper"): (256, 8, 8, 10, 1e-4), ("cifar10", "paper"): (256, 8, 16, 4, 1e-4)}
 SMOKE = (16, 2, 2, 2, 4e-3)
 TESTED, ROWS = {"digits": 297, "mnist": 2000, "cifar10": 500}, {"digits": 4, "mnist": 4, "cifar10": 2}
