@@ -176,12 +176,12 @@ def test_an_update_is_a_function_of_its_number(seed: int, system: str) -> None:
 # --- what a likelihood is --------------------------------------------------------------------------------------------------------------------
 
 def probabilities(params: Any, config: Any, values: list[int]) -> np.ndarray:
-    """p(x_i | x_<i), each the area under the logistics, from a model that reads x_<i and no more."""
+    """p(x_i | x_<i), each the area under the logistics, whose means are counted in levels, from a model that reads x_<i and no more."""
     logistic, V, p = lambda x: 1 / (1 + math.exp(-x)), config.vocabulary - 1, []
     for i, x in enumerate(values):
         logits, means, scales = IMAGES["transformer_forward"](params, np.array([V, *values[:i]]), config)[0][-1].reshape(3, -1)
         below = lambda t, means=means, scales=scales: np.array([
-            0.0 if t == 0 else 1.0 if t == V else logistic(((2 * t - V) / (V - 1) - m) / math.exp(s)) for m, s in zip(means, scales)])
+            0.0 if t == 0 else 1.0 if t == V else logistic((2 * t - V - 2 * m) / (V - 1) / math.exp(s)) for m, s in zip(means, scales)])
         p.append((np.exp(logits) / np.exp(logits).sum() * (below(x + 1) - below(x))).sum())
     return np.array(p)
 
@@ -242,6 +242,20 @@ def test_an_image_is_learnt_by_heart(system: str, rng: np.random.Generator) -> N
 
 
 # --- what is drawn ---------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("system", ["linear", "softmax"])
+def test_values_are_drawn_from_the_logistics_that_the_likelihood_is_of(system: str, monkeypatch: pytest.MonkeyPatch,
+                                                                       rng: np.random.Generator) -> None:
+    draw, images, config, used, pictures = IMAGES["draw"], images_of(rng, 30), config_of(system), [], []
+    params, sample = params_of(config), IMAGES["logistic_mixture_sample"]
+    monkeypatch.setitem(draw.__globals__, "logistic_mixture_sample", lambda x, *rest, **options: (used.append(x), sample(x, *rest, **options))[1])
+    monkeypatch.setitem(draw.__globals__, "mosaics_save", lambda path, blocks, columns: pictures.append(blocks[0][2]))
+    draw("x", params, config, images, rng, 1)
+    drawn = np.rint((1 - pictures[0]) * 5).astype(int).reshape(10, 12)           # the first twelve draws; the others complete
+    expected = IMAGES["read"](params, config, drawn, rng)[0]
+    size = np.abs(expected).max()                                                # one position at a time, or all: a thousand roundings each
+    np.testing.assert_allclose(np.stack(used[:12], axis=1), expected, rtol=0, atol=2 * budgets.gamma(1000, np.float64) * size)
+
 
 @pytest.mark.parametrize("system", ["linear", "softmax"])
 @pytest.mark.parametrize("shape", [(4, 3), (4, 2, 3)])
