@@ -69,7 +69,8 @@ def images_load(dataset: str, path: str | None) -> Images:
 
 
 def waves(shape: tuple[int, ...], width: int) -> np.ndarray:
-    """(N, width): for each axis, sines and cosines from a quarter of a turn in all to one turn in two steps. Each vector has the length 1."""
+    """(N, width): for each axis, sines and cosines from a quarter of a turn in all to one turn in two steps. Each vector has the length 1.
+    The waves of `refattn.layers.sinusoidal_positions` are for thousands of positions: over 28 rows most of them would hardly move."""
     count = width // (2 * len(shape))
     parts = []
     for axis, n in enumerate(shape):

@@ -154,13 +154,21 @@ def test_real_images_are_those_of_their_makers() -> None:
 def test_positions_start_as_waves_that_know_distances_alone(shape: tuple[int, ...], width: int) -> None:
     """cos a cos b + sin a sin b = cos(a - b): what two positions have in common depends on how far apart they are along each axis, no two are
     alike, and each has the length 1."""
-    w, eps = IMAGES["waves"](shape, width).reshape(*shape, width).astype(np.float64), float(np.finfo(np.float32).eps)
-    gram = lambda x: x.reshape(-1, width) @ x.reshape(-1, width).T               # of two rounded vectors of length 1: off by 2 eps at most
+    w, off = IMAGES["waves"](shape, width).reshape(*shape, width).astype(np.float64), 1.01 * float(np.finfo(np.float32).eps)
+    gram = lambda x: x.reshape(-1, width) @ x.reshape(-1, width).T    # of vectors of length 1, both rounded: off by 2u + u² = eps, and float64's
     for axis, n in enumerate(shape):
         before, behind = (w.take(range(start, n - 1 + start), axis) for start in (0, 1))
-        np.testing.assert_allclose(gram(before), gram(behind), rtol=0, atol=4 * eps)
-    np.testing.assert_allclose(np.diag(gram(w)), 1, rtol=0, atol=2 * eps)
-    assert (gram(w) - np.eye(math.prod(shape))).max() < 1 - 4 * eps
+        np.testing.assert_allclose(gram(before), gram(behind), rtol=0, atol=2 * off)
+    np.testing.assert_allclose(np.diag(gram(w)), 1, rtol=0, atol=off)
+    assert (gram(w) - np.eye(math.prod(shape))).max() < 1 - 2 * off
+
+
+@given(seeds, st.integers(2, 256), st.integers(1, 10))
+def test_means_start_spread_over_all_levels(seed: int, levels: int, count: int) -> None:
+    """The head's bias, in its units: logits 0, means from the lowest level to the highest, log-scales 0. One rounding to float32, one product."""
+    config = config_of(levels=levels)._replace(outputs=3 * count)
+    bias = IMAGES["weights_init"](seed, config, (4, 3))["head.bias"] * IMAGES["units"](config)
+    np.testing.assert_allclose(bias, [*[0] * count, *np.linspace(-1, 1, count), *[0] * count], rtol=float(np.finfo(np.float32).eps), atol=0)
 
 
 @given(seeds, st.sampled_from(SYSTEMS))
